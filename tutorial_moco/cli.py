@@ -1,0 +1,266 @@
+"""The command line. Each command is a record of its flags and a function; mistakes end in one line and status 2 or 3."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from tutorial_moco import __version__
+from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.recipes import RECIPES, Recipe
+
+HELP = f"""tutorial-moco {__version__}: learn Momentum Contrast by building it.
+
+usage: tutorial-moco COMMAND [FLAGS]
+
+  compare    train end-to-end, memory bank and MoCo side by side, with equal budgets
+  pretrain   train one mechanism
+  evaluate   read a checkpoint's features on any images
+  data       look at a data set: sizes, classes, a contact sheet
+
+Every command says more with --help. Images (--data) are `shapes`, drawn by the program; `cifar10`, `cifar100` or
+`stl10`, downloaded once; or a folder split/class/image, or a .tar, .tar.xz, .tar.gz or .zip of one.
+
+  tutorial-moco compare --data shapes --minutes 1
+  tutorial-moco pretrain --data cifar10 --minutes 10
+"""
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Which images, and where results go."""
+
+    data: str = "shapes"
+    """Images: shapes, cifar10, cifar100, stl10, a folder split/class/image, or an archive of one."""
+    image_size: int | None = None
+    """Resize images to this many pixels a side; as they are if they are small and all alike, else 64."""
+    hold_out: float = 0.0
+    """Evaluate on this share of the training images in place of the test images: for choosing settings."""
+    json: Path | None = None
+    """Also write the result, with where it comes from, to this file."""
+
+
+@dataclass(frozen=True)
+class RunFlags(DataFlags):
+    """Which images, how long, and where results go."""
+
+    recipe: str = "small"
+    """Start from these settings: shapes (the default with --data shapes), small (two cores and minutes, the default with
+    other images) or cifar10-resnet18 (the official notebook's, for a GPU)."""
+    minutes: float | None = None
+    """Stop after this much training time for each mechanism, the schedule fitted to it, in place of --epochs."""
+    out: Path | None = None
+    """Folder for checkpoint, result and report; runs/... if left out. The same command again goes on from there."""
+    monitor: int = 5
+    """How many times the quick kNN is taken during training."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the encoders; auto measures which is faster here."""
+    settings: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
+
+
+@dataclass(frozen=True)
+class Pretrain(RunFlags):
+    """Pre-train an encoder without labels, then read its features: kNN, linear classifier, t-SNE, nearest neighbours."""
+
+
+@dataclass(frozen=True)
+class Compare(RunFlags):
+    """Train end-to-end, memory bank and MoCo side by side, with equal budgets, beside raw pixels and an untrained encoder.
+
+    --mechanism has no effect here: all three are trained. Without --minutes each gets 3 minutes.
+    """
+
+    minutes: float | None = 3.0
+    """Training time of each mechanism; None to train for --epochs."""
+
+
+@dataclass(frozen=True)
+class Evaluate(DataFlags):
+    """Read the features of a checkpoint: kNN and linear classifier, in percent of the test images."""
+
+    checkpoint: Path = Path("checkpoint.safetensors")
+    """The checkpoint.safetensors of a run."""
+
+
+@dataclass(frozen=True)
+class Data(DataFlags):
+    """Look at a data set: how many images, which classes, their hash; and a contact sheet as a PNG."""
+
+    sheet: Path | None = None
+    """Write a contact sheet, ten images of each class, to this PNG."""
+
+
+def run_pretrain(flags: Pretrain) -> dict:
+    """One mechanism."""
+    return _train(flags, [flags.settings], baselines=False)
+
+
+def run_compare(flags: Compare) -> dict:
+    """All three of Figure 2, from the same settings."""
+    names = ("end_to_end", "memory_bank", "moco")
+    settings = dataclasses.replace
+    common = flags.settings
+    recipes = [
+        settings(common, mechanism=name, **({} if name == "moco" else {"symmetric": False, "shuffle": False})) for name in names
+    ]
+    return _train(flags, recipes, baselines=True)
+
+
+def _train(flags: RunFlags, recipes: list[Recipe], baselines: bool) -> dict:
+    import torch
+
+    from tutorial_moco.compare import compare
+    from tutorial_moco.pretrain import check
+
+    train, test = load(flags)
+    for recipe in recipes:
+        check(recipe, len(train), flags.minutes)
+    dtype = None if flags.precision == "auto" else getattr(torch, flags.precision)
+    return compare(
+        recipes, train, test, flags.out or default_out(flags, train.name),
+        minutes=flags.minutes, monitor=flags.monitor, baselines=baselines, precision=dtype,
+    )  # fmt: skip
+
+
+def run_evaluate(flags: Evaluate) -> dict:
+    """Features of a checkpoint on any images."""
+    from tutorial_moco.compare import evaluate_checkpoint
+
+    train, test = load(flags)
+    result = evaluate_checkpoint(flags.checkpoint, train, test)
+    print(f"kNN {result['knn_top1']:.2f} %, linear {result['linear_top1']:.2f} % of {len(test):,} {test.split} images")
+    return result
+
+
+def run_data(flags: Data) -> dict:
+    """Sizes, classes, hash, contact sheet."""
+    from tutorial_moco.figures import contact_sheet
+    from tutorial_moco.report import png
+
+    train, test = load(flags)
+    print(f"classes: {', '.join(train.classes)}")
+    print(f"sha256 of the training images and labels: {train.hash}")
+    if flags.sheet:
+        flags.sheet.write_bytes(png(contact_sheet(train)))
+        print(f"contact sheet: {flags.sheet}")
+    return {"data": train.name, "data_hash": train.hash, "train": len(train), "test": len(test), "classes": train.classes}
+
+
+def load(flags: DataFlags):
+    """The training images and those to evaluate on, with a line that says what they are."""
+    from tutorial_moco.images import hold_out, load_images
+
+    if not 0 <= flags.hold_out < 1:
+        raise UsageError(f"--hold-out must be in [0, 1), not {flags.hold_out}")
+    train = load_images(flags.data, "train", image_size=flags.image_size)
+    if flags.hold_out:
+        train, test = hold_out(train, flags.hold_out)
+    else:
+        test = load_images(flags.data, "test", image_size=flags.image_size)
+    size = train.images.shape[-1]
+    print(f"{train.name}: {len(train):,} training and {len(test):,} {test.split} images of {size} x {size} pixels, "
+          f"{len(train.classes)} classes", file=sys.stderr)  # fmt: skip
+    return train, test
+
+
+def default_out(flags: RunFlags, name: str) -> Path:
+    """A folder under runs/ that is a function of the settings: the same command finds it again, another does not."""
+    told = repr((type(flags).__name__, flags.settings, flags.minutes, flags.image_size, flags.hold_out, flags.precision))
+    stem = re.sub(r"[^\w-]+", "-", name.split(".")[0])
+    what = flags.settings.mechanism if isinstance(flags, Pretrain) else "compare"
+    return Path("runs") / f"{stem}-{what}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+
+COMMANDS = {
+    "compare": (Compare, run_compare),
+    "pretrain": (Pretrain, run_pretrain),
+    "evaluate": (Evaluate, run_evaluate),
+    "data": (Data, run_data),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 2 wrong usage, 3 bad or missing data, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise UsageError(f"{argv[0]} is no command: choose one of {', '.join(COMMANDS)}")
+        flags_type, command = COMMANDS[argv[0]]
+        flags = parse(flags_type, argv[1:], f"tutorial-moco {argv[0]}")
+        result = command(flags)
+        if flags.json:
+            write_json(flags.json, result)
+    except (UsageError, DataError) as error:
+        print(f"tutorial-moco: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("\ntutorial-moco: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(flags_type: type, argv: list[str], prog: str):
+    """Flags from words; ``--recipe`` decides the defaults of the others, so that --help shows what would be used."""
+    default = None
+    if issubclass(flags_type, RunFlags):
+        name = _value(argv, "--recipe") or ("shapes" if _value(argv, "--data") in (None, "shapes") else "small")
+        if name not in RECIPES:
+            raise UsageError(f"--recipe {name} is not known: choose one of {', '.join(RECIPES)}")
+        default = flags_type(settings=RECIPES[name], recipe=name)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(flags_type, default=default, args=argv, prog=prog)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(f"{one_line(complaint.getvalue())}; see {prog} --help") from None
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """A flag's value before the words are parsed, or None."""
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(flag + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def one_line(box: str) -> str:
+    """tyro's framed complaint as one line: what was wrong and, if it has one, its proposal."""
+    lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()[1:]]
+    sections, rule = [[]], re.compile("^─+$")
+    for line in lines:
+        if rule.match(line):
+            sections.append([])
+        elif line:
+            sections[-1].append(line)
+    message = " ".join(sections[0]).removeprefix("Error parsing settings: ").rstrip(".")
+    proposal = next((s[1].split()[0] for s in sections[1:] if len(s) > 1 and s[0].startswith("Perhaps")), None)
+    return f"{message} (perhaps {proposal})" if proposal else message
+
+
+def write_json(path: Path, result: dict) -> None:
+    """The result as JSON, in one move."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"--json {path} could not be written: {error.strerror or error}") from error

@@ -1,0 +1,206 @@
+"""The main job: train one or several mechanisms with equal budgets, see what each has learned, and report it."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tutorial_moco import figures
+from tutorial_moco.augment import two_views
+from tutorial_moco.checkpoint import load_checkpoint, unpack
+from tutorial_moco.encoders import build_encoder
+from tutorial_moco.evaluate import (
+    KNN_K,
+    KNN_TEMPERATURE,
+    evaluate_features,
+    extract_features,
+    knn_top1,
+    nearest,
+    pixel_features,
+    tsne,
+)
+from tutorial_moco.images import ImageSet
+from tutorial_moco.pretrain import Run, pretrain, start
+from tutorial_moco.provenance import provenance
+from tutorial_moco.randomness import permutation
+from tutorial_moco.recipes import Recipe
+from tutorial_moco.report import Picture, text_table, write_report
+from tutorial_moco.speed import default_device
+
+TSNE_IMAGES = 1000
+HEAD = ["", "kNN %", "linear %", "images/s", "images seen", "train s", "dictionary", "peak memory"]
+
+
+def compare(
+    recipes: list[Recipe],
+    train: ImageSet,
+    test: ImageSet,
+    out: Path,
+    *,
+    minutes: float | None = None,
+    monitor: int = 5,
+    baselines: bool = True,
+    precision: torch.dtype | None = None,
+) -> dict[str, object]:
+    """Train each recipe, evaluate it on all test images, print a table and write ``out/report.html``.
+
+    Args:
+        recipes: of different mechanisms; every one gets the same minutes (or its own epochs).
+        baselines: also evaluate raw pixels and the untrained encoder.
+
+    Returns:
+        provenance, and ``results``: a dictionary for each mechanism and baseline, as written by ``--json``.
+    """
+    device = default_device()
+    results: dict[str, dict] = {}
+    features: dict[str, tuple[Tensor, Tensor]] = {}
+    if baselines:
+        tell("baselines: raw pixels and an untrained encoder")
+        results["pixels"] = {"knn_top1": knn_of_pixels(train, test)}
+        untrained = start(recipes[0], train, device, torch.float32)
+        features["untrained"] = features_of(untrained, train, test)
+        results["untrained"] = evaluate_features(*features["untrained"], train, test)
+    for recipe in recipes:
+        folder = out / recipe.mechanism if len(recipes) > 1 else out
+        run = pretrain(recipe, train, test, minutes=minutes, out=folder, monitor=monitor, device=device, dtype=precision)
+        features[recipe.mechanism] = features_of(run, train, test)
+        accuracy = evaluate_features(*features[recipe.mechanism], train, test)
+        results[recipe.mechanism] = {
+            **accuracy, **run.summary(), "losses": run.losses, "monitor": run.monitor, "recipe": dataclasses.asdict(recipe),
+        }  # fmt: skip
+    facts = provenance(train, device) | {"knn_k": KNN_K, "knn_temperature": KNN_TEMPERATURE}
+    table = [HEAD] + [table_row(name, result) for name, result in results.items()]
+    print(text_table(table))
+    tell("drawing the report")
+    report = out / "report.html"
+    pictures = draw(results, features, recipes, train, test)
+    write_report(report, *words(recipes, train, test, minutes), table, pictures, facts)
+    (out / "result.json").write_text(json.dumps(record(facts, results), indent=1) + "\n", encoding="utf-8")
+    print(f"\nreport: {report}")
+    return record(facts, results)
+
+
+def record(facts: dict, results: dict[str, dict]) -> dict[str, object]:
+    """What ``--json`` writes: provenance, and a row for each mechanism or baseline."""
+    return {**facts, "results": [{"mechanism": name, **result} for name, result in results.items()]}
+
+
+def features_of(run: Run, train: ImageSet, test: ImageSet) -> tuple[Tensor, Tensor]:
+    """Features of all training and test images by the run's query encoder."""
+    backbone = run.mechanism.encoder.backbone
+    return tuple(extract_features(backbone, images, dtype=run.dtype) for images in (train.images, test.images))
+
+
+def knn_of_pixels(train: ImageSet, test: ImageSet) -> float:
+    """kNN on the pixels themselves, in percent."""
+    return knn_top1(pixel_features(train.images), train.labels, pixel_features(test.images), test.labels)
+
+
+def table_row(name: str, result: dict) -> list[str]:
+    """A result as cells under ``HEAD``; a dash where there is nothing to say."""
+
+    def cell(field: str, form: str, scale: float = 1.0) -> str:
+        return form.format(result[field] / scale) if result.get(field) is not None else "-"
+
+    return [
+        figures.TITLES[name], cell("knn_top1", "{:.1f}"), cell("linear_top1", "{:.1f}"), cell("images_per_second", "{:,.0f}"),
+        cell("images_seen", "{:,.0f}"), cell("train_seconds", "{:.0f}"), cell("dictionary_bytes", "{:.1f} MiB", 2**20),
+        cell("peak_memory_bytes", "{:,.0f} MiB", 2**20),
+    ]  # fmt: skip
+
+
+def evaluate_checkpoint(path: Path, train_set: ImageSet, test_set: ImageSet) -> dict[str, object]:
+    """kNN and linear probe of a checkpoint's query encoder on any images, with the recipe it was trained by.
+
+    Raises:
+        DataError: the file is missing, damaged or no checkpoint.
+    """
+    tensors, state = load_checkpoint(path)
+    recipe = Recipe.from_json(state["recipe"])
+    encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm)
+    unpack({n.removeprefix("mechanism."): t for n, t in tensors.items()}, encoder=encoder)
+    encoder.to(default_device())
+    features = [extract_features(encoder.backbone, images.images) for images in (train_set, test_set)]
+    return {**evaluate_features(*features, train_set, test_set), "recipe": dataclasses.asdict(recipe), "steps": state["step"]}
+
+
+# The report ----------------------------------------------------------------------------------------------------------
+
+
+def words(recipes: list[Recipe], train: ImageSet, test: ImageSet, minutes: float | None) -> tuple[str, str]:
+    """Title and first paragraph."""
+    names = [figures.TITLES[r.mechanism] for r in recipes]
+    title = "Three ways to keep a dictionary" if len(recipes) == 3 else f"{' and '.join(names)} on {train.name}"
+    budget = f"{minutes:g} minutes of training each" if minutes else f"{recipes[0].epochs} epochs"
+    lead = (
+        f"{', '.join(names)}, trained without labels on {len(train):,} images of {train.name}, {budget}. "
+        f"kNN: a vote of the {KNN_K} most similar training images. Linear: a linear classifier on the frozen features. "
+        f"Both are read on all {len(test):,} {test.split} images. The dictionary is what stays in memory from step to step; "
+        "the peak is that of the whole process, images included."
+    )
+    return title, lead
+
+
+def draw(
+    results: dict[str, dict], features: dict[str, tuple[Tensor, Tensor]], recipes: list[Recipe], train: ImageSet, test: ImageSet
+) -> list[Picture]:
+    """All pictures of the report."""
+    runs = [results[recipe.mechanism] for recipe in recipes]
+    best = max(recipes, key=lambda recipe: results[recipe.mechanism]["knn_top1"]).mechanism
+    few = permutation(len(test), 0)[:TSNE_IMAGES]
+    maps = {name: tsne(both[1][few]) for name, both in features.items()}
+    index = permutation(len(train), 1)[:8]
+    view_q, view_k = two_views(train.images[index], index, recipes[0].augmentation)
+    queries = torch.stack([(test.labels == label).nonzero()[0, 0] for label in test.labels.unique()[:10]])
+    _, places = nearest(features[best][1][queries], features[best][0], 8)
+    chance = 100 / len(train.classes)
+    return [
+        Picture(
+            "What each has learned",
+            figures.accuracy_bars(results, chance),
+            "Bars of kNN and linear test accuracy: " + "; ".join(f"{n} {r['knn_top1']:.1f} % kNN" for n, r in results.items()),
+            "Solid: kNN. Pale: linear classifier. Dashed: guessing.",
+        ),
+        Picture(
+            "What the encoders are trained on",
+            figures.views(train.images[index], view_q, view_k),
+            "Eight images, each above two random views of it: cropped, resized, mirrored, recoloured.",
+            "A query must find the key of the same image among the keys of other images. No label is used.",
+        ),
+        Picture(
+            "Loss",
+            figures.loss_curves(runs),
+            "Loss against images seen for each mechanism, with the line log(K + 1) of guessing.",
+            "Losses of different K cannot be compared: each starts near its own dashed line. The queue begins with random "
+            "vectors, which are easy negatives; as real keys replace them the loss may rise.",
+        ),
+        Picture(
+            "Two accuracies",
+            figures.accuracy_curves(runs),
+            "Left: share of queries that find their own key. Right: kNN accuracy on classes during training.",
+            f"The left one is trained for, the right one is what we want. The right one is a quick reading on {len(test):,} "
+            "or fewer test images.",
+        ),
+        Picture(
+            "A map of the test images",
+            figures.tsne_maps(maps, test.labels[few], test.classes, {n: results[n]["knn_top1"] for n in maps}),
+            "t-SNE maps, one for each encoder, a colour for each class.",
+            "t-SNE keeps neighbours together; distances between clusters and their sizes mean little.",
+        ),
+        Picture(
+            f"Nearest neighbours by {figures.TITLES[best]}",
+            figures.retrieval(
+                test.images[queries], test.labels[queries], train.images[places], train.labels[places], test.classes
+            ),
+            "For a test image of each class, the eight training images with the most similar features.",
+            "Green frame: the same class. Orange: another one.",
+        ),
+    ]
+
+
+def tell(line: str) -> None:
+    """A line on what is being done, beside the progress bars."""
+    print(line, file=sys.stderr, flush=True)

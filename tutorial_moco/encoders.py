@@ -1,0 +1,192 @@
+"""Encoders: a backbone that turns an image into features, and a head that turns features into a key or query.
+
+The head's output is what the loss sees; it is thrown away after training and the backbone's features are used.
+"""
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from tutorial_moco.errors import UsageError
+
+
+class Encoder(nn.Module):
+    """f_q or f_k of the paper: images (B, 3, H, W) to unit vectors (B, dim)."""
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, head: str = "linear", dim: int = 128):
+        super().__init__()
+        self.backbone, self.head = backbone, build_head(head, feature_dim, dim)
+        self.feature_dim, self.dim = feature_dim, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.head(self.backbone(x)).float(), dim=1)
+
+
+def build_encoder(
+    name: str = "small", *, head: str = "linear", dim: int = 128, norm: str = "batch", images: Tensor | None = None
+) -> Encoder:
+    """An encoder with fresh weights, in channels_last memory.
+
+    Args:
+        name: ``tiny``, ``small`` or ``wide`` (`SmallBackbone`, width 16, 32 or 48), ``resnet18`` (torchvision's, with the 3x3 stem for
+            small images), ``resnet50`` (torchvision's, as for ImageNet).
+        head: ``linear`` (MoCo v1) or ``mlp`` (two layers, MoCo v2).
+        dim: C, the length of keys and queries.
+        norm: ``batch``, ``split:S`` (`SplitBatchNorm2d` of S groups) or ``group`` (GroupNorm).
+        images: float32 (n, 3, H, W), normalised. The small backbone computes its fixed first layer from them.
+
+    Raises:
+        UsageError: unknown name, head or norm.
+    """
+    if name not in ENCODERS:
+        raise UsageError(f"--encoder {name} is not known: choose one of {', '.join(ENCODERS)}")
+    encoder = Encoder(*ENCODERS[name](norm_layer(norm)), head, dim)
+    if images is not None and isinstance(encoder.backbone, SmallBackbone):
+        encoder.backbone.whitening.fit(images)
+    return encoder.to(memory_format=torch.channels_last)
+
+
+def build_head(kind: str, feature_dim: int, dim: int) -> nn.Module:
+    """The projection to C dimensions: one layer (MoCo) or two with a ReLU between (SimCLR, MoCo v2)."""
+    if kind == "linear":
+        return nn.Linear(feature_dim, dim)
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, dim))
+    raise UsageError(f"--head {kind} is not known: choose linear or mlp")
+
+
+# Backbones -----------------------------------------------------------------------------------------------------------
+
+
+class SmallBackbone(nn.Module):
+    """A residual network for two cores; of width 32 it takes about 14 million multiplications for a 32-pixel image.
+
+    A fixed whitening layer, a stem that halves the resolution, and one residual block at each of three resolutions.
+    (B, 3, H, W) to (B, 4 * width).
+    """
+
+    def __init__(self, norm, width: int = 32):
+        super().__init__()
+        self.whitening = Whitening()
+        self.stem = nn.Sequential(
+            nn.Conv2d(self.whitening.filters, width, 3, stride=2, padding=1, bias=False), norm(width), nn.ReLU(inplace=True)
+        )
+        self.stages = nn.Sequential(
+            Block(width, width, 1, norm), Block(width, 2 * width, 2, norm), Block(2 * width, 4 * width, 2, norm)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages(self.stem(self.whitening(x))).mean(dim=(2, 3))
+
+
+class Whitening(nn.Module):
+    """A fixed first layer: 2x2 patches in a basis in which natural images' patches are uncorrelated, each sign by itself.
+
+    Neighbouring pixels are nearly equal, and a fresh convolution sees little else. Dividing each principal direction of
+    the patches by its spread brings edges and colours up to the size of brightness. Adapted from airbench's first layer
+    (https://github.com/KellerJordan/cifar10-airbench); not learned, so it also costs no gradient.
+    """
+
+    filters = 24  # 12 directions of a 2x2 patch of 3 colours, and their negatives, so that ReLU loses nothing
+
+    def __init__(self):
+        super().__init__()
+        pixels = torch.eye(12).view(12, 3, 2, 2)  # before `fit`: the patch's values as they are
+        self.register_buffer("weight", torch.cat([pixels, -pixels]))
+
+    @torch.no_grad()
+    def fit(self, images: Tensor, epsilon: float = 5e-4) -> None:
+        """Compute the filters from images, float32 (n, 3, H, W), as the network will see them."""
+        patches = F.unfold(images, 2, stride=2).transpose(1, 2).reshape(-1, 12)
+        variance, directions = torch.linalg.eigh(torch.cov(patches.T.double()))
+        filters = (directions / torch.sqrt(variance + epsilon)).T.reshape(12, 3, 2, 2).to(self.weight)
+        self.weight.copy_(torch.cat([filters, -filters]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.conv2d(x, self.weight))
+
+
+class Block(nn.Module):
+    """The basic residual block (arXiv 1512.03385): two 3x3 convolutions beside a short cut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm(outputs)
+        self.conv2, self.norm2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), norm(outputs)
+        self.short_cut = nn.Identity()
+        if inputs != outputs or stride != 1:
+            self.short_cut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return F.relu(self.norm2(self.conv2(h)) + self.short_cut(x), inplace=True)
+
+
+def resnet18(norm) -> tuple[nn.Module, int]:
+    """torchvision's ResNet-18 with the stem for small images: a 3x3 convolution of stride 1 and no pooling."""
+    net = torchvision.models.resnet18(norm_layer=norm)
+    net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    net.maxpool, net.fc = nn.Identity(), nn.Identity()
+    return net, 512
+
+
+def resnet50(norm) -> tuple[nn.Module, int]:
+    """torchvision's ResNet-50, the encoder of the paper's ImageNet experiments."""
+    net = torchvision.models.resnet50(norm_layer=norm)
+    net.fc = nn.Identity()
+    return net, 2048
+
+
+ENCODERS = {
+    "tiny": lambda norm: (SmallBackbone(norm, 16), 64),
+    "small": lambda norm: (SmallBackbone(norm, 32), 128),
+    "wide": lambda norm: (SmallBackbone(norm, 48), 192),
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+}
+
+
+# Normalisation -------------------------------------------------------------------------------------------------------
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose statistics are taken over each of ``splits`` equal parts of the batch, as on that many GPUs.
+
+    It lets one device show the leak that shuffling BN cures (MoCo, section 3.3): without a split, shuffling does nothing.
+    Parts are runs of neighbouring images, and may differ in length by one. The running statistics are updated with the
+    mean over the parts.
+    """
+
+    def __init__(self, channels: int, splits: int):
+        super().__init__(channels)
+        self.splits = splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)
+        running = [(self.running_mean.clone(), self.running_var.clone()) for _ in range(self.splits)]
+        parts = [
+            F.batch_norm(part, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+            for part, (mean, var) in zip(x.tensor_split(self.splits), running, strict=True)
+        ]
+        with torch.no_grad():
+            self.running_mean.copy_(torch.stack([mean for mean, _ in running]).mean(dim=0))
+            self.running_var.copy_(torch.stack([var for _, var in running]).mean(dim=0))
+        return torch.cat(parts)
+
+
+def norm_layer(norm: str):
+    """``batch``, ``split:S`` or ``group`` to a function of the number of channels that makes the layer."""
+    kind, _, splits = norm.partition(":")
+    if kind == "batch" and not splits:
+        return nn.BatchNorm2d
+    if kind == "split" and splits.isdigit() and int(splits) > 1:
+        return lambda channels: SplitBatchNorm2d(channels, int(splits))
+    if kind == "group" and not splits:
+        return lambda channels: nn.GroupNorm(min(32, channels // 4), channels)
+    raise UsageError(f"--norm {norm} is not known: choose batch, split:S with S of at least 2, or group")

@@ -1,0 +1,17 @@
+"""Mistakes a user can mend: each is one line that says what was wrong and what to do.
+
+The command line prints the line and ends with the class's exit status; a notebook shows it as the
+last line of a short traceback.
+"""
+
+
+class UsageError(ValueError):
+    """A setting that cannot work, such as ``K=0``. Names the argument, its value and the mend."""
+
+    exit_status = 2
+
+
+class DataError(ValueError):
+    """Images that are missing, damaged or unfit to learn from. Names the file or folder and the mend."""
+
+    exit_status = 3

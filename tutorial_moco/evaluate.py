@@ -1,0 +1,107 @@
+"""What the features are worth: kNN, a linear probe, nearest neighbours, t-SNE, alignment and uniformity.
+
+None of them trains the encoder. Features are the backbone's, after pooling, before the head. Shapes: n images, D features.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from tutorial_moco.augment import plain_view
+from tutorial_moco.images import ImageSet
+from tutorial_moco.speed import autocast
+
+# How the kNN is read. DESIGN's trials and docs/LOG.md: chosen on held-out training images.
+KNN_K, KNN_TEMPERATURE = 20, 0.07
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module, images: Tensor, *, batch_size: int = 500, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Features of images as they are, without augmentation: uint8 (n, 3, H, W) to float32 (n, D) on the CPU.
+
+    The backbone is left in the mode it was found in; its running statistics are used and not changed.
+    """
+    device = next(backbone.parameters()).device
+    was_training = backbone.training
+    backbone.eval()
+    with autocast(device, dtype):
+        features = [backbone(plain_view(batch.to(device))).float().cpu() for batch in images.split(batch_size)]
+    backbone.train(was_training)
+    return torch.cat(features)
+
+
+def pixel_features(images: Tensor) -> Tensor:
+    """The baseline that learned nothing: the pixels themselves, float32 (n, 3 * H * W)."""
+    return images.flatten(1).float().div_(255)
+
+
+def knn_top1(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = KNN_K,
+    temperature: float = KNN_TEMPERATURE,
+) -> float:
+    """Accuracy, in percent, of a vote of the k most similar training images (Wu et al. 2018, section 3.4).
+
+    Similarity is the cosine; each neighbour votes for its class with weight exp(similarity / temperature).
+
+    Args:
+        train (n, D), test (n', D): features; labels int64.
+        k: neighbours; fewer are used if there are fewer training images.
+    """
+    train = F.normalize(train, dim=1)
+    k, classes = min(k, len(train)), int(train_labels.max()) + 1
+    right = 0
+    for batch, labels in zip(F.normalize(test, dim=1).split(500), test_labels.split(500), strict=True):
+        similarity, neighbours = (batch @ train.T).topk(k, dim=1)
+        votes = torch.zeros(len(batch), classes)
+        votes.scatter_add_(1, train_labels[neighbours], torch.exp((similarity - similarity[:, :1]) / temperature))
+        right += int((votes.argmax(dim=1) == labels).sum())
+    return 100 * right / len(test)
+
+
+def linear_top1(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
+    """Accuracy, in percent, of a linear classifier on frozen features: scikit-learn's LogisticRegression, standardised."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100, tol=1e-3))
+    probe.fit(train.numpy(), train_labels.numpy())
+    return 100 * float(probe.score(test.numpy(), test_labels.numpy()))
+
+
+def nearest(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most similar keys of each query by cosine: (similarities (n, k), positions (n, k)), best first."""
+    return (F.normalize(query, dim=1) @ F.normalize(keys, dim=1).T).topk(k, dim=1)
+
+
+def tsne(features: Tensor, *, seed: int = 0, perplexity: float = 30.0) -> np.ndarray:
+    """t-SNE of the directions of features (n, D) in the plane: float32 (n, 2), scaled to unit spread."""
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(F.normalize(features, dim=1).numpy())
+    return (points - points.mean(axis=0)) / points.std()
+
+
+def alignment(q: Tensor, k: Tensor) -> float:
+    """Mean squared distance of an image's two views, unit vectors (n, C); 0 is best (arXiv 2005.10242, section 4.1)."""
+    return (q - k).square().sum(dim=1).mean().item()
+
+
+def uniformity(q: Tensor) -> float:
+    """log of the mean of exp(-2 distance^2) over pairs of unit vectors (n, C); lower is more even (arXiv 2005.10242)."""
+    return torch.pdist(q).square().mul(-2).exp().mean().log().item()
+
+
+def evaluate_features(train: Tensor, test: Tensor, train_set: ImageSet, test_set: ImageSet) -> dict[str, float]:
+    """kNN and linear probe of one pair of features, as ``knn_top1`` and ``linear_top1`` in percent."""
+    labels = train_set.labels, test_set.labels
+    return {
+        "knn_top1": knn_top1(train, labels[0], test, labels[1]),
+        "linear_top1": linear_top1(train, labels[0], test, labels[1]),
+    }

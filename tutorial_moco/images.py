@@ -1,0 +1,413 @@
+"""Image sets: from a name, a folder or an archive to uint8 tensors in RAM.
+
+``load_images`` takes ``shapes`` (drawn by code), ``cifar10``, ``cifar100`` or ``stl10`` (downloaded, and checked
+against the published md5 before anything is read), or a path. An archive is walked twice, first to see that it is
+whole and safe, then to decode it. What was made is kept as one safetensors file, of
+which a later start reads only the split it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import tarfile
+import tempfile
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from tutorial_moco.archives import ARCHIVES, Source, files_of, sort_out
+from tutorial_moco.errors import DataError, UsageError
+
+DOWNLOADS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # the classes in torchvision.datasets
+SHAPES = {"train": (10_000, 0), "test": (2_000, 1)}  # how many, and the seed they are drawn from
+KEEP_UP_TO, FALLBACK_SIZE = 96, 64
+CACHE_FORMAT = b"1"  # goes into every key: raise it when the same input would give other pixels than before
+
+Made = dict[str, tuple["ImageSet", str]]  # for each split its images and a line about them for the user, or ""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """One split of a data set, in RAM.
+
+    Attributes:
+        name: ``shapes``, ``cifar10``, …, or the name of the file or folder.
+        split: ``train``, ``test`` or, from `hold_out`, ``validation``.
+        images: uint8 (N, 3, H, W), RGB in 0..255.
+        labels: int64 (N,), indices into `classes`.
+        classes: names, the same for all splits of a data set.
+        hash: sha256 in hex over pixels and labels: two sets with equal hashes hold the same images in the same order.
+        factors: for ``shapes``, what each image was drawn from, tensors with N rows; else empty.
+    """
+
+    name: str
+    split: str
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+    hash: str
+    factors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: torch.Tensor | slice) -> ImageSet:
+        """The images at `index` (int64 (M,), bool (N,) or a slice) in that order, with a hash of their own."""
+        images, labels = self.images[index], self.labels[index]
+        factors = {name: factor[index] for name, factor in self.factors.items()}
+        return replace(self, images=images, labels=labels, factors=factors, hash=_hash(images, labels))
+
+
+def load_images(
+    data: str | Path, split: str, *, image_size: int | None = None, cache: Path | None = None, progress: bool = True
+) -> ImageSet:
+    """Load one split of a data set, from the cache if it was loaded before.
+
+    A name goes before a path: write ``./shapes`` for a folder of that name. ``shapes`` has 10,000 images to train on
+    and 2,000 to test on. ``stl10`` stands for its 5,000 labelled training and 8,000 test images; its 100,000 unlabelled
+    ones are left out. A folder's or an archive's test split is ``test``, else ``val``, ``valid`` or ``validation``,
+    else every 10th image of each class that has at least two. Transparency is dropped, EXIF orientation applied.
+
+    Args:
+        data: ``shapes``, ``cifar10``, ``cifar100``, ``stl10`` in any case, or the path of a folder or an archive.
+        split: ``train`` or ``test``.
+        image_size: height and width in pixels, at least 8 (``shapes``: 16); the shorter side is resized to it and the
+            centre cropped. ``None`` keeps the size of images that are all square, equal and at most 96 pixels wide,
+            and is 64 for others.
+        cache: folder to keep downloads and decoded images in; by default ``$TUTORIAL_MOCO_CACHE``, else
+            ``$XDG_CACHE_HOME/tutorial_moco``, else ``~/.cache/tutorial_moco``.
+        progress: show a bar while decoding.
+
+    Raises:
+        DataError: the data is missing, damaged, unsafe, too large for half of the memory, or has less than two classes.
+        UsageError: `split` or `image_size` is none of the above.
+    """
+    if split not in SHAPES:
+        raise UsageError(f"split is {split!r}: take train or test")
+    smallest = 16 if str(data).lower() == "shapes" else 8
+    if image_size is not None and image_size < smallest:
+        raise UsageError(f"image_size is {image_size}: take at least {smallest} pixels for {data}")
+    cache = Path(cache) if cache is not None else default_cache()
+    name, key, make = _source(data, image_size, cache, progress)
+    safe_name = re.sub(r"[^\w.-]", "_", name)[:60]
+    file = cache / f"{safe_name}-{image_size or 'own'}px-{key[:16]}.safetensors"
+    found = _read_cache(file, key, split)
+    if found is None:
+        made = make()
+        _write_cache(file, key, made)
+        found = made[split]
+    images, note = found
+    if note:
+        print(f"{name}: {note}", file=sys.stderr)
+    if len(images) == 0:
+        raise DataError(f"{data} has no images for a {split} split: each of its classes has one image, bring more")
+    return images
+
+
+def hold_out(train: ImageSet, share: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Split training images in two, so that choices need not be made on the test images.
+
+    Args:
+        train: the images to split.
+        share: fraction of each class to hold out, above 0 and below 1; at least one image of each class is held out
+            and at least one left.
+        seed: the same (seed, labels) gives the same split.
+
+    Returns:
+        What is left and what was held out, each in its old order; the second has the split ``validation``.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"share is {share}: hold out more than 0 and less than 1 of the images, such as 0.1")
+    random = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(train), dtype=torch.bool)
+    for label in range(len(train.classes)):
+        members = (train.labels == label).nonzero().flatten()
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        held[members[torch.randperm(len(members), generator=random)[: max(count, 0)]]] = True
+    if not held.any():
+        raise DataError(f"{train.name} has no class of two or more images, so none can be held out: bring more images")
+    return train.take(~held), replace(train.take(held), split="validation")
+
+
+def default_cache() -> Path:
+    """The folder that downloads and decoded images are kept in when none is named."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("TUTORIAL_MOCO_CACHE") or base / "tutorial_moco").expanduser()
+
+
+# ---- where images come from
+
+
+def _source(data: str | Path, size: int | None, cache: Path, progress: bool) -> tuple[str, str, Callable[[], Made]]:
+    """A data set's name, a key that changes with its content, and the function that makes both splits."""
+    name, path = str(data).lower(), Path(data).expanduser()
+    if name == "shapes":
+        from tutorial_moco import shapes
+
+        # Drawing takes long enough to be worth keeping; the code is the data, so a change to it draws anew.
+        return name, _key([Path(shapes.__file__).read_bytes()]), lambda: _draw(size or 32)
+    if name in DOWNLOADS:
+        import torchvision
+
+        kind = getattr(torchvision.datasets, DOWNLOADS[name])
+        return name, _key([kind.tgz_md5.encode()]), lambda: _download(kind, name, size, cache)
+    if not os.path.exists(path):
+        names = ", ".join(("shapes", *DOWNLOADS))
+        raise DataError(f"no data set or path {str(data)!r}: take one of {names}, or the path of a folder or archive")
+    if not path.is_dir() and not path.name.lower().endswith(ARCHIVES):
+        raise DataError(f"{path} is neither a folder nor an archive: take one of {', '.join(ARCHIVES)}")
+    try:
+        key = _key(_content(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}): check its permissions") from error
+    name = path.resolve().name
+    return name, key, lambda: _decode_splits(path, name, size, progress)
+
+
+def _key(chunks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256(CACHE_FORMAT)
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _content(path: Path) -> Iterator[bytes]:
+    """An archive's bytes; for a folder, which may be far larger, names, sizes and times of its files."""
+    if path.is_dir():
+        for name, file in sorted(files_of(path, ())):
+            found = file.stat()
+            yield os.fsencode(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n")
+    else:
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                yield chunk
+
+
+def _draw(size: int) -> Made:
+    from tutorial_moco.shapes import SHAPE_CLASSES, draw_shapes
+
+    made = {}
+    for split, (count, seed) in SHAPES.items():
+        images, labels, factors = draw_shapes(count, seed, size)
+        made[split] = ImageSet("shapes", split, images, labels, SHAPE_CLASSES, _hash(images, labels), factors), ""
+    return made
+
+
+def _hash(images: torch.Tensor, labels: torch.Tensor) -> str:
+    digest = hashlib.sha256(images.contiguous().numpy().reshape(-1))
+    digest.update(labels.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+# ---- downloads
+
+
+def _download(kind: type, name: str, size: int | None, cache: Path) -> Made:
+    try:
+        with _download_folder(kind, cache) as root:
+            return {split: (_torchvision_split(kind, name, split, size, root), "") for split in SHAPES}
+    except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
+        # torchvision's own words for a wrong md5 don't say that the network is to blame.
+        wrong = "File not found or corrupted" in str(error)
+        reason = "what arrived is not the published file" if wrong else " ".join(str(error).split())
+        mend = f"bring {kind.url} by hand and place it in {cache}, or take --data shapes, which needs no network"
+        raise DataError(f"{name} could not be downloaded ({reason}): {mend}") from error
+
+
+@contextmanager
+def _download_folder(kind: type, cache: Path) -> Iterator[Path]:
+    """A folder for torchvision to download and extract to, gone afterwards; only a sound archive is kept, in `cache`.
+
+    torchvision leaves half a download and half an extraction where they happened, and takes a CIFAR folder without
+    its list of class names for whole, to fail on it at every later start.
+    """
+    from torchvision.datasets.utils import check_integrity
+
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        root = Path(tempfile.mkdtemp(dir=cache, prefix="download-"))
+    except OSError:
+        root = Path(tempfile.mkdtemp(prefix="tutorial_moco-"))
+    kept, timeout = cache / kind.filename, socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(60)  # a connection that has gone silent would be waited for without end
+        if check_integrity(kept, kind.tgz_md5):
+            shutil.copyfile(kept, root / kind.filename)
+        else:
+            with suppress(OSError):
+                kept.unlink()
+        yield root
+        with suppress(OSError):
+            os.replace(root / kind.filename, kept)
+    finally:
+        socket.setdefaulttimeout(timeout)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _torchvision_split(kind: type, name: str, split: str, size: int | None, root: Path) -> ImageSet:
+    if name == "stl10":
+        found = kind(root, split=split, download=True)
+        pixels, labels = found.data, found.labels
+    else:
+        found = kind(root, train=split == "train", download=True)
+        pixels, labels = found.data.transpose(0, 3, 1, 2), found.targets
+    if size not in (None, pixels.shape[-1]):
+        resized = _room(name, len(pixels), (3, size, size))
+        for row, image in enumerate(pixels):
+            resized[row] = _fit(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))), size)
+        pixels = resized
+    images, labels = torch.from_numpy(np.ascontiguousarray(pixels)), torch.as_tensor(labels, dtype=torch.int64)
+    return ImageSet(name, split, images, labels, tuple(found.classes), _hash(images, labels))
+
+
+# ---- folders and archives: their images
+
+
+def _decode_splits(path: Path, title: str, size: int | None, progress: bool) -> Made:
+    files, note = sort_out(path)
+    names = [name for split in files.values() for members in split.values() for name in members]
+    pixels, shrunk = _decode_all(path, title, names, size, progress), size is not None
+    if pixels is None:
+        pixels, shrunk = _decode_all(path, title, names, FALLBACK_SIZE, progress), True
+    fitted = f"shorter sides are resized to {pixels.shape[-1]} pixels, centres cropped (image_size sets it)"
+    classes, made, start = tuple(files["train"]), {}, 0
+    for split, line in ("train", fitted if shrunk else ""), ("test", note):
+        labels = [label for label, members in enumerate(files[split].get(c, ()) for c in classes) for _ in members]
+        images, labels = torch.from_numpy(pixels[start : start + len(labels)]), torch.tensor(labels, dtype=torch.int64)
+        made[split] = ImageSet(title, split, images, labels, classes, _hash(images, labels)), line
+        start += len(labels)
+    return made
+
+
+def _decode_all(path: Path, title: str, names: list[str], size: int | None, progress: bool) -> np.ndarray | None:
+    """uint8 (N, 3, S, S) in the order of `names`; with ``size=None``, None unless all are one small square."""
+    rows, done, pixels = {name: row for row, name in enumerate(names)}, set(), None
+    wanted = ((name, source) for name, source in files_of(path, rows) if name in rows)
+    with tqdm(total=len(names), desc=f"decoding {title}", unit="img", leave=False, disable=not progress) as bar:
+        for name, image in _in_order(lambda file: (file[0], _decode(path, *file, size)), wanted):
+            if pixels is None:
+                if size is None and not image.shape[1] == image.shape[2] <= KEEP_UP_TO:
+                    return None
+                pixels = _room(title, len(names), image.shape)
+            if image.shape != pixels.shape[1:]:
+                return None
+            pixels[rows[name]] = image
+            done.add(name)
+            bar.update()
+    if len(done) < len(names):
+        raise DataError(f"{path} was changed while it was read: start again")
+    return pixels
+
+
+def _in_order(function: Callable, items: Iterator) -> Iterator:
+    """``map`` on all cores that holds only some items at a time; in batches, as one costs less than its hand-over."""
+    workers, pending = os.cpu_count() or 1, deque()
+    with ThreadPoolExecutor(workers) as pool:
+        while batch := list(islice(items, 16)):
+            pending.append(pool.submit(lambda batch: [function(item) for item in batch], batch))
+            if len(pending) > 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+
+def _decode(path: Path, name: str, source: Source, size: int | None) -> np.ndarray:
+    """uint8 (3, H, W), upright and RGB; with a size, (3, size, size)."""
+    try:
+        with Image.open(source) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):  # 16 bits of gray, which Pillow would clip to 8 instead of scaling
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            if "transparency" in image.info:
+                image = image.convert("RGBA")
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            return _fit(rgb, size)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: {name} is larger than Pillow decodes ({error}): shrink it or take it out") from error
+    except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
+        raise DataError(f"{path}: {name} cannot be decoded ({error}): mend it or take it out") from error
+
+
+def _fit(image: Image.Image, size: int | None) -> np.ndarray:
+    if size is not None and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)  # crops first, so long strips stay cheap
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _room(title: str, count: int, shape: tuple[int, ...]) -> np.ndarray:
+    needed = count * int(np.prod(shape))
+    if needed > _memory() // 2:
+        raise DataError(
+            f"{title} would take {needed / 2**30:.1f} GiB as {shape[2]} x {shape[1]} pixels, over half of this "
+            "machine's memory: choose a smaller image_size"
+        )
+    return np.empty((count, *shape), np.uint8)
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return 16 << 30
+
+
+# ---- the cache
+
+
+def _read_cache(file: Path, key: str, split: str) -> tuple[ImageSet, str] | None:
+    if not os.path.exists(file):
+        return None
+    try:
+        with safe_open(file, "pt") as tensors:
+            record = json.loads(tensors.metadata()[split])
+            if record.pop("key") != key:
+                raise ValueError("it belongs to other data")
+            note, classes, names = record.pop("note"), tuple(record.pop("classes")), record.pop("factors")
+            images, labels = tensors.get_tensor(f"{split}.images"), tensors.get_tensor(f"{split}.labels")
+            factors = {name: tensors.get_tensor(f"{split}.factors.{name}") for name in names}
+            return ImageSet(split=split, images=images, labels=labels, classes=classes, factors=factors, **record), note
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        print(f"warning: the cache file {file} is damaged ({error}) and is made anew", file=sys.stderr)
+        return None
+
+
+def _write_cache(file: Path, key: str, made: Made) -> None:
+    tensors, records = {}, {}
+    for split, (found, note) in made.items():
+        tensors |= {f"{split}.images": found.images, f"{split}.labels": found.labels}
+        tensors |= {f"{split}.factors.{name}": factor for name, factor in found.factors.items()}
+        record = {"key": key, "name": found.name, "hash": found.hash, "note": note}
+        records[split] = json.dumps(record | {"classes": found.classes, "factors": list(found.factors)})
+    unfinished = file.with_name(f".{uuid.uuid4().hex}.tmp")  # in the same folder, or it could not be moved at once
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, unfinished, metadata=records)
+        with unfinished.open("r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(unfinished, file)
+    except (OSError, SafetensorError) as error:
+        print(f"warning: no cache, as {file.parent} cannot be written ({error})", file=sys.stderr)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()

@@ -1,0 +1,106 @@
+"""The losses: pure functions of tensors, and what K means in each.
+
+A query q should be similar to its key k (the positive) and dissimilar to the other keys (the negatives). All vectors have
+length 1, so a dot product is a cosine. Shapes: N queries, C dimensions, K negatives.
+
+- `info_nce`: which of 1 + K keys is mine? K is the number of negatives, a choice (MoCo, equation 1).
+- `nce`: is this key mine or noise? K binary questions for each query; the normaliser Z has to be estimated (Wu et al. 2018).
+- `full_softmax`: which of *all* images is mine? No choice of K: it is the number of images less one.
+- `nt_xent`: InfoNCE in which a batch serves as its own dictionary, K = 2N - 2 (SimCLR).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def contrastive_logits(q: Tensor, k: Tensor, negatives: Tensor, temperature: float, exclude: Tensor | None = None) -> Tensor:
+    """Similarities of each query with its own key (column 0) and with the negatives, divided by the temperature.
+
+    Args:
+        q, k: unit vectors, (N, C). negatives: unit vectors (K, C), the same for all queries.
+        temperature: tau > 0.
+        exclude: bool (N, K), True where a "negative" is the query's own key; that logit becomes -inf.
+
+    Returns:
+        float32 (N, 1 + K).
+    """
+    positive = (q * k).sum(dim=1, keepdim=True)
+    others = q @ negatives.T
+    if exclude is not None:
+        others = others.masked_fill(exclude, -torch.inf)
+    return torch.cat([positive, others], dim=1).float() / temperature
+
+
+def info_nce(q: Tensor, k: Tensor, negatives: Tensor, temperature: float, exclude: Tensor | None = None) -> Tensor:
+    """InfoNCE: -log( exp(q.k+ / tau) / sum_i exp(q.k_i / tau) ), the mean over queries (MoCo, equation 1).
+
+    A (1 + K)-way classification in which the right answer is always class 0, so the labels are all zero. Guessing costs
+    log(K + 1). Arguments as in `contrastive_logits`; returns a scalar.
+
+    >>> q = torch.eye(4)[:2]
+    >>> info_nce(q, q, negatives=torch.eye(4)[2:], temperature=1.0)  # log(1 + 2 / e)
+    tensor(0.5514)
+    """
+    logits = contrastive_logits(q, k, negatives, temperature, exclude)
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+def nce(
+    q: Tensor, k: Tensor, negatives: Tensor, temperature: float, n: int, log_z: Tensor | float, exclude: Tensor | None = None
+) -> Tensor:
+    """Noise-contrastive estimation: own key or one of K drawn uniformly from n images? (Wu et al. 2018, equations 5 to 7).
+
+    With p = exp(q.k / tau) / Z, the model of "image i is this one", and noise 1 / n, the probability of "own" is
+    p / (p + K / n). The loss is the binary cross-entropy of the own key and of the K noise keys, summed, mean over queries.
+
+    Args:
+        n: number of images the negatives are drawn from.
+        log_z: log Z, as `estimate_log_z` gives it, averaged over steps. From one batch alone it is badly off.
+        Others as in `contrastive_logits`.
+    """
+    logits = contrastive_logits(q, k, negatives, temperature) - log_z
+    log_odds = logits - math.log(len(negatives) / n)  # log( p / (K / n) )
+    own, noise = F.softplus(-log_odds[:, 0]), F.softplus(log_odds[:, 1:])
+    if exclude is not None:
+        noise = noise.masked_fill(exclude, 0.0)
+    return (own + noise.sum(dim=1)).mean()
+
+
+@torch.no_grad()
+def estimate_log_z(q: Tensor, negatives: Tensor, temperature: float, n: int) -> Tensor:
+    """log of Z = n * mean of exp(q.k / tau) over a sample of keys: the normaliser in `nce` (Wu et al. 2018, equation 8)."""
+    similarity = (q @ negatives.T).float() / temperature
+    return torch.logsumexp(similarity.flatten(), dim=0) - math.log(similarity.numel()) + math.log(n)
+
+
+def full_softmax(q: Tensor, bank: Tensor, index: Tensor, temperature: float) -> Tensor:
+    """Non-parametric softmax over all n images (Wu et al. 2018, equation 2); InfoNCE with K = n - 1.
+
+    Args:
+        q: (N, C). bank: unit vectors of all images, (n, C). index: int64 (N,), each query's row in the bank.
+    """
+    return F.cross_entropy((q @ bank.T).float() / temperature, index)
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """SimCLR's loss over two views (arXiv 2002.05709, equation 1): every view asks, all other views of the batch answer.
+
+    Args:
+        z1, z2: unit vectors (N, C), row i of both from the same image.
+    """
+    z = torch.cat([z1, z2])
+    N = len(z1)
+    similarity = (z @ z.T).float() / temperature
+    similarity.fill_diagonal_(-torch.inf)
+    partner = torch.arange(2 * N, device=z.device).roll(N)
+    return F.cross_entropy(similarity, partner)
+
+
+@torch.no_grad()
+def pretext_accuracy(q: Tensor, k: Tensor, negatives: Tensor, exclude: Tensor | None = None) -> float:
+    """Share of queries, in percent, whose own key is the most similar of all 1 + K: the task InfoNCE trains for."""
+    logits = contrastive_logits(q, k, negatives, 1.0, exclude)
+    return 100 * (logits.argmax(dim=1) == 0).float().mean().item()

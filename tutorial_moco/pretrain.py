@@ -1,0 +1,303 @@
+"""The one training loop: whichever mechanism keeps the dictionary, a step is the paper's Algorithm 1."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tutorial_moco.augment import plain_view, two_views
+from tutorial_moco.checkpoint import load_checkpoint, pack, save_checkpoint, unpack
+from tutorial_moco.encoders import build_encoder
+from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.evaluate import extract_features, knn_top1
+from tutorial_moco.images import ImageSet
+from tutorial_moco.losses import estimate_log_z, info_nce, nce, pretext_accuracy
+from tutorial_moco.mechanisms import Contrast, EndToEnd, Mechanism, MemoryBank, MoCo, SimCLR
+from tutorial_moco.randomness import permutation
+from tutorial_moco.recipes import Recipe
+from tutorial_moco.speed import (
+    autocast,
+    choose_precision,
+    default_device,
+    keep_freed_memory,
+    peak_memory_bytes,
+    reset_peak_memory,
+    synchronize,
+)
+
+LOG_EVERY = 10  # steps between two points of the loss curve
+MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000  # images of the quick kNN during training
+
+
+@dataclass
+class Run:
+    """A training: what it is, how far it is, and what was seen on the way. With the data, all that resuming needs."""
+
+    recipe: Recipe
+    mechanism: Mechanism
+    optimizer: torch.optim.Optimizer
+    dtype: torch.dtype
+    n: int  # training images
+    step: int = 0
+    seconds: float = 0.0  # of training; evaluation is not counted
+    log_z: float | None = None  # NCE's normaliser, averaged over steps
+    losses: list[dict[str, float]] = field(default_factory=list)  # every LOG_EVERY steps
+    monitor: list[dict[str, float]] = field(default_factory=list)  # the kNN during training
+    peak_memory_bytes: int = 0
+    device: torch.device = field(default_factory=default_device)
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.recipe.batch_size
+
+    def summary(self) -> dict[str, object]:
+        """The run's own figures, under the names that every result of this package uses."""
+        return {
+            "mechanism": self.recipe.mechanism,
+            "seed": self.recipe.seed,
+            "steps": self.step,
+            "images_seen": self.images_seen,
+            "train_seconds": round(self.seconds, 2),
+            "images_per_second": round(self.images_seen / self.seconds, 1) if self.seconds else 0.0,
+            "dictionary_bytes": self.mechanism.dictionary_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "precision": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def pretrain(
+    recipe: Recipe,
+    train: ImageSet,
+    test: ImageSet | None = None,
+    *,
+    minutes: float | None = None,
+    out: Path | None = None,
+    monitor: int = 5,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Run:
+    """Pre-train an encoder without labels.
+
+    Args:
+        recipe: the settings.
+        train: the images; their labels serve the kNN monitor only.
+        test: images for the kNN monitor; without them there is none.
+        minutes: stop after this much training time, the schedule fitted to it, in place of ``recipe.epochs``.
+        out: folder for ``checkpoint.safetensors``; if it holds one of the same recipe, the run goes on from there.
+        monitor: how many times the quick kNN is taken.
+        dtype: number format of the encoders; measured and chosen if None.
+
+    Raises:
+        UsageError: fewer images than a batch; K or minutes out of range; ``out`` holds a run of another recipe; the loss
+            is not finite any more.
+    """
+    check(recipe, len(train), minutes)
+    device = device or default_device()
+    keep_freed_memory()
+    reset_peak_memory(device)
+    run = start(recipe, train, device, dtype)
+    if out is not None and (out / "checkpoint.safetensors").exists():
+        resume(run, out)
+    images = train.images.to(device)
+    steps_of_epoch = len(train) // recipe.batch_size
+    total = 60 * minutes if minutes else recipe.epochs * steps_of_epoch
+    with progress_bar(run, total, bool(minutes), progress) as bar:
+        window = []
+        for epoch, index in batches(len(train), recipe, run.step, device):
+            done = (run.seconds if minutes else run.step) / total
+            if test is not None and len(run.monitor) < math.floor(done * monitor + 1e-9):
+                watch(run, train, test)
+                if out is not None:
+                    save_run(run, out)
+            if done >= 1:
+                break
+            set_learning_rate(run.optimizer, recipe, done)
+            start_time = time.perf_counter()
+            loss, contrast = train_step(run, images[index], index, epoch)
+            window.append(loss)
+            if run.step % LOG_EVERY == 0 or run.step == 1:
+                log(run, window, contrast, steps_of_epoch)
+                window.clear()
+            synchronize(device)
+            spent = time.perf_counter() - start_time
+            run.seconds += spent
+            show(bar, run, spent if minutes else 1)
+    run.peak_memory_bytes = max(run.peak_memory_bytes, peak_memory_bytes(device))
+    if out is not None:
+        save_run(run, out)
+    return run
+
+
+def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Contrast]:
+    """Algorithm 1 of the paper, lines 5 to 14, for the images (N, 3, H, W) whose numbers are ``index`` (N,)."""
+    recipe, mechanism = run.recipe, run.mechanism
+    view_q, view_k = two_views(images, index, recipe.augmentation, seed=recipe.seed, epoch=epoch)
+    with autocast(images.device, run.dtype):
+        contrast = mechanism.contrast(view_q, view_k, index)
+    loss = loss_of(run, contrast)
+    run.optimizer.zero_grad()
+    loss.backward()
+    run.optimizer.step()
+    mechanism.update_key_encoder()
+    mechanism.update_dictionary(contrast, index)
+    run.step += 1
+    return loss.detach(), contrast
+
+
+def loss_of(run: Run, contrast: Contrast) -> Tensor:
+    """The recipe's loss of one step, a scalar; NCE's normaliser follows the keys with a running mean."""
+    q, k, negatives, exclude = contrast
+    temperature = run.recipe.temperature
+    if run.recipe.loss == "info_nce":
+        return info_nce(q, k, negatives, temperature, exclude)
+    now = estimate_log_z(q, negatives, temperature, run.n).item()
+    run.log_z = now if run.log_z is None else 0.9 * run.log_z + 0.1 * now
+    return nce(q, k, negatives, temperature, run.n, run.log_z, exclude)
+
+
+def batches(n: int, recipe: Recipe, step: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """(epoch, index (B,)) from the given step on, without end; each epoch in its own order, an odd rest left out."""
+    steps = n // recipe.batch_size
+    while True:
+        epoch = step // steps
+        order = permutation(n, recipe.seed, epoch, device=device)
+        for first in range(step % steps, steps):
+            yield epoch, order[first * recipe.batch_size : (first + 1) * recipe.batch_size]
+            step += 1
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, done: float) -> None:
+    """Linear warm-up, then a cosine down to 0; ``done`` is the share of the training behind us, in [0, 1]."""
+    if done < recipe.warmup:
+        share = done / recipe.warmup
+    else:
+        share = 0.5 * (1 + math.cos(math.pi * (done - recipe.warmup) / (1 - recipe.warmup)))
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr * share
+
+
+# Building, saving and going on ---------------------------------------------------------------------------------------
+
+
+def check(recipe: Recipe, n: int, minutes: float | None) -> None:
+    """What a recipe must satisfy for n images."""
+    if recipe.batch_size > n:
+        raise UsageError(f"--batch-size must be at most the number of training images, {n}, not {recipe.batch_size}")
+    if recipe.mechanism == "memory_bank" and n - 1 < recipe.K:
+        raise UsageError(f"--K must be at most {n - 1} for a memory bank of {n} images, not {recipe.K}")
+    if minutes is not None and not (0 < minutes < math.inf):
+        raise UsageError(f"--minutes must be above 0, not {minutes}")
+
+
+def start(recipe: Recipe, train: ImageSet, device: torch.device, dtype: torch.dtype | None = None) -> Run:
+    """A run at step 0: encoder, mechanism and optimizer, all decided by the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    sample = plain_view(train.images[permutation(len(train), recipe.seed)[:5000]])
+    encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm, images=sample).to(device)
+    dtype = dtype or choose_precision(encoder, sample[:32].to(device))
+    mechanism = build_mechanism(recipe, encoder, len(train)).to(device)
+    return Run(recipe, mechanism, build_optimizer(recipe, mechanism), dtype, len(train), device=device)
+
+
+def build_mechanism(recipe: Recipe, encoder, n: int) -> Mechanism:
+    """The recipe's mechanism around an encoder, for n images."""
+    if recipe.mechanism == "moco":
+        return MoCo(encoder, recipe.K, recipe.m, shuffle=recipe.shuffle, symmetric=recipe.symmetric, seed=recipe.seed)
+    if recipe.mechanism == "memory_bank":
+        return MemoryBank(encoder, n, recipe.K, recipe.bank_momentum, seed=recipe.seed)
+    return {"end_to_end": EndToEnd, "simclr": SimCLR}[recipe.mechanism](encoder)
+
+
+def build_optimizer(recipe: Recipe, mechanism: Mechanism) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or AdamW, over the parameters that have a gradient, many tensors to a call."""
+    parameters = [p for p in mechanism.parameters() if p.requires_grad]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, foreach=True)
+    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, foreach=True)
+
+
+def save_run(run: Run, out: Path) -> None:
+    """Everything that going on needs, into ``out/checkpoint.safetensors``."""
+    state = {
+        "recipe": run.recipe.to_json(), "dtype": str(run.dtype).removeprefix("torch."), "step": run.step,
+        "seconds": run.seconds, "log_z": run.log_z, "losses": run.losses, "monitor": run.monitor,
+        "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes(run.device)),
+    }  # fmt: skip
+    save_checkpoint(out / "checkpoint.safetensors", pack(mechanism=run.mechanism, optimizer=run.optimizer), state)
+
+
+def resume(run: Run, out: Path) -> None:
+    """Bring a fresh run to where ``out`` left off: encoders, queue, pointer, optimizer, step and records."""
+    tensors, state = load_checkpoint(out / "checkpoint.safetensors")
+    before = Recipe.from_json(state["recipe"])
+    if before != run.recipe:
+        changed = [f"{n} {v} there" for n, v in vars(before).items() if v != getattr(run.recipe, n)]
+        raise UsageError(f"--out {out} holds a run of other settings ({', '.join(changed)}): choose another --out")
+    try:
+        unpack(tensors, mechanism=run.mechanism, optimizer=run.optimizer)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{out} holds a run on other data (its tensors do not fit): choose another --out") from error
+    run.dtype = getattr(torch, state["dtype"])
+    for name in ("step", "seconds", "log_z", "losses", "monitor", "peak_memory_bytes"):
+        setattr(run, name, state[name])
+    print(f"going on from step {run.step:,} in {out}", file=sys.stderr)
+
+
+# Watching ------------------------------------------------------------------------------------------------------------
+
+
+def log(run: Run, window: list[Tensor], contrast: Contrast, steps_of_epoch: int) -> None:
+    """Add a point to the loss curve: the mean loss since the last one, and the pretext accuracy of this batch."""
+    loss = torch.stack(window).mean().item()
+    if not math.isfinite(loss):
+        raise UsageError(f"the loss is {loss} at step {run.step}: try a lower --lr or a higher --temperature")
+    filled = int(run.mechanism.filled) if isinstance(run.mechanism, MoCo) else 0
+    run.losses.append({
+        "step": run.step, "epoch": run.step / steps_of_epoch, "images_seen": run.images_seen, "seconds": run.seconds,
+        "loss": loss, "filled": filled, "pretext_accuracy": pretext_accuracy(*contrast), "K": _negatives_of_a_query(contrast),
+    })  # fmt: skip
+
+
+def _negatives_of_a_query(contrast: Contrast) -> int:
+    """K as the loss sees it: the negatives less those that are the query's own key."""
+    excluded = 0 if contrast.exclude is None else int(contrast.exclude[0].sum())
+    return len(contrast.negatives) - excluded
+
+
+def watch(run: Run, train: ImageSet, test: ImageSet) -> None:
+    """Add a point to the kNN curve, from some thousands of images so that it costs little."""
+    few_train = permutation(len(train), 0)[:MONITOR_TRAIN]
+    few_test = permutation(len(test), 0)[:MONITOR_TEST]
+    backbone = run.mechanism.encoder.backbone
+    accuracy = knn_top1(
+        extract_features(backbone, train.images[few_train], dtype=run.dtype), train.labels[few_train],
+        extract_features(backbone, test.images[few_test], dtype=run.dtype), test.labels[few_test],
+    )  # fmt: skip
+    run.monitor.append({"step": run.step, "seconds": run.seconds, "images_seen": run.images_seen, "knn_top1": accuracy})
+
+
+def progress_bar(run: Run, total: float, by_time: bool, progress: bool) -> tqdm:
+    """A bar over seconds or steps."""
+    unit = "{n:.0f}/{total:.0f} s" if by_time else "{n}/{total} steps"
+    return tqdm(
+        total=total, initial=run.seconds if by_time else run.step, desc=f"{run.recipe.mechanism:11}", disable=not progress,
+        bar_format="{desc} {percentage:3.0f}% |{bar:24}| " + unit + "{postfix}", mininterval=0.5,
+    )  # fmt: skip
+
+
+def show(bar: tqdm, run: Run, advance: float) -> None:
+    """Move the bar and write loss, pretext accuracy, the last kNN and the speed beside it."""
+    if run.losses and run.step % LOG_EVERY == 0:
+        last = run.losses[-1]
+        shown = f"loss {last['loss']:.2f}, pretext {last['pretext_accuracy']:.0f} %"
+        if run.monitor:
+            shown += f", kNN {run.monitor[-1]['knn_top1']:.1f} %"
+        bar.set_postfix_str(f"{shown}, {run.images_seen / run.seconds:,.0f} images/s", refresh=False)
+    bar.update(min(advance, bar.total - bar.n))

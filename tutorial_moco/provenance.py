@@ -1,0 +1,55 @@
+"""Where a number comes from: what every result of this package carries beside its figures."""
+
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import tutorial_moco
+from tutorial_moco.images import ImageSet
+
+
+def provenance(data: ImageSet, device: torch.device) -> dict[str, object]:
+    """Version, commit, command, date, hardware, torch, and the data's name and hash."""
+    return {
+        "version": tutorial_moco.__version__,
+        "commit": git_commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+        "data": data.name,
+        "data_hash": data.hash,
+    }
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, ``+`` behind it if files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def hardware(device: torch.device) -> str:
+    """The processor, its cores and what they multiply in; the GPU's name where one is used."""
+    cpu = f"{_cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{torch.cuda.get_device_name(device)}; {cpu}" if device.type == "cuda" else cpu
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,114 @@
+"""All settings of a training in one frozen record, checked when it is made; and the recipes known by name."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from tutorial_moco.augment import AUGMENTATIONS
+from tutorial_moco.errors import UsageError
+
+MechanismName = Literal["moco", "memory_bank", "end_to_end", "simclr"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to pre-train. Every field is a flag of the command line with the same name.
+
+    Raises:
+        UsageError: a value outside its range; the message names the flag, the value and the range.
+    """
+
+    mechanism: MechanismName = "moco"
+    """How the dictionary is kept (Figure 2 of the paper)."""
+    encoder: Literal["tiny", "small", "wide", "resnet18", "resnet50"] = "small"
+    """tiny, small and wide are made for two cores, resnet18 has the stem for small images, resnet50 is the paper's."""
+    head: Literal["linear", "mlp"] = "linear"
+    """What projects features to keys: linear (v1) or mlp (v2)."""
+    dim: int = 128
+    """C, the length of keys and queries."""
+    norm: str = "batch"
+    """batch, split:S (statistics over S parts of the batch, as on S GPUs) or group."""
+    K: int = 1024
+    """Negatives: the length of MoCo's queue, the sample from the memory bank. end_to_end and simclr use the batch."""
+    m: float = 0.99
+    """Momentum of MoCo's key encoder, in [0, 1]."""
+    temperature: float = 0.1
+    """tau of the loss, above 0."""
+    loss: Literal["info_nce", "nce"] = "info_nce"
+    """InfoNCE, or noise-contrastive estimation with its Z."""
+    symmetric: bool = False
+    """MoCo: each view is query once and key once."""
+    shuffle: bool = False
+    """MoCo: shuffling BN; on one device it needs --norm split:S to matter."""
+    bank_momentum: float = 0.5
+    """Memory bank: share of the old key that stays when its image is seen again."""
+    augmentation: str = "small"
+    """The two random views: v1, v2, v3, cifar (the official notebook's), small (weaker colours), shapes (no hue is kept) or none."""
+    batch_size: int = 256
+    """Images of a step."""
+    epochs: int = 20
+    """Passes over the images, unless --minutes is given."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD has momentum 0.9."""
+    lr: float = 0.12
+    """Learning rate after the warm-up; it falls to 0 along a cosine. Never scaled behind your back."""
+    warmup: float = 0.0
+    """Share of the training in which the learning rate rises from 0, in [0, 1)."""
+    weight_decay: float = 5e-4
+    """Weight decay, on all parameters."""
+    seed: int = 0
+    """Decides the weights, the order, the views and the first queue."""
+
+    def __post_init__(self):
+        for name, allowed, holds in (
+            ("K", "at least 1", self.K >= 1),
+            ("m", "in [0, 1]", 0 <= self.m <= 1),
+            ("temperature", "above 0", self.temperature > 0 and math.isfinite(self.temperature)),
+            ("bank_momentum", "in [0, 1)", 0 <= self.bank_momentum < 1),
+            ("dim", "at least 2", self.dim >= 2),
+            ("batch_size", "at least 2", self.batch_size >= 2),
+            ("epochs", "at least 1", self.epochs >= 1),
+            ("lr", "above 0", self.lr > 0 and math.isfinite(self.lr)),
+            ("warmup", "in [0, 1)", 0 <= self.warmup < 1),
+            ("weight_decay", "at least 0", self.weight_decay >= 0 and math.isfinite(self.weight_decay)),
+            ("seed", "in 0 .. 2**31 - 1", 0 <= self.seed < 2**31),
+            ("augmentation", f"one of {', '.join(AUGMENTATIONS)}", self.augmentation in AUGMENTATIONS),
+        ):
+            if not holds:
+                raise UsageError(f"{flag(name)} must be {allowed}, not {getattr(self, name)}")
+        if self.mechanism != "moco" and (self.symmetric or self.shuffle):
+            raise UsageError(f"--symmetric and --shuffle are MoCo's: leave them out with --mechanism {self.mechanism}")
+        if self.loss == "nce" and self.mechanism in ("end_to_end", "simclr"):
+            raise UsageError(f"--loss nce needs noise from a dictionary: use moco or memory_bank, not {self.mechanism}")
+
+    def replace(self, **changes) -> "Recipe":
+        """The same recipe with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """One line of JSON, for checkpoints."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """The recipe that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+def flag(field: str) -> str:
+    """The command line's name of a field: ``batch_size`` is ``--batch-size``."""
+    return "--" + field.replace("_", "-")
+
+
+RECIPES: dict[str, Recipe] = {
+    # Two cores and ten minutes. How it was chosen: docs/LOG.md.
+    "small": Recipe(),
+    # The drawn images, in a minute: many small steps of a tiny encoder, and colour blocked as a shortcut.
+    "shapes": Recipe(encoder="tiny", K=256, batch_size=64, augmentation="shapes"),
+    # The official CIFAR-10 notebook (moco_cifar10_demo), asymmetric: 82.6 % kNN after 200 epochs on a GPU.
+    "cifar10-resnet18": Recipe(
+        encoder="resnet18", K=4096, norm="split:8", shuffle=True, augmentation="cifar", batch_size=512, epochs=200, lr=0.06
+    ),
+}
