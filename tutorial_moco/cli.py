@@ -1,7 +1,6 @@
 """The command line. Each command is a record of its flags and a function; mistakes end in one line and status 2 or 3."""
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
@@ -75,11 +74,11 @@ class Pretrain(RunFlags):
 class Compare(RunFlags):
     """Train end-to-end, memory bank and MoCo side by side, with equal budgets, beside raw pixels and an untrained encoder.
 
-    --mechanism has no effect here: all three are trained. Without --minutes each gets 3 minutes.
+    Without --minutes or --epochs each gets 3 minutes. --symmetric and --shuffle are MoCo's and apply to it alone.
     """
 
     minutes: float | None = 3.0
-    """Training time of each mechanism; None to train for --epochs."""
+    """Stop after this much training time for each mechanism, unless --epochs is given."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +104,11 @@ def run_pretrain(flags: Pretrain) -> dict:
 
 def run_compare(flags: Compare) -> dict:
     """All three of Figure 2, from the same settings."""
-    names = ("end_to_end", "memory_bank", "moco")
-    settings = dataclasses.replace
-    common = flags.settings
-    recipes = [
-        settings(common, mechanism=name, **({} if name == "moco" else {"symmetric": False, "shuffle": False})) for name in names
-    ]
-    return _train(flags, recipes, baselines=True)
+    if flags.settings.mechanism != "moco":
+        raise UsageError("--mechanism has no place here: compare trains all three; use pretrain for one")
+    moco = flags.settings
+    others = [moco.replace(mechanism=name, symmetric=False, shuffle=False) for name in ("end_to_end", "memory_bank")]
+    return _train(flags, [*others, moco], baselines=True)
 
 
 def _train(flags: RunFlags, recipes: list[Recipe], baselines: bool) -> dict:
@@ -220,7 +217,10 @@ def parse(flags_type: type, argv: list[str], prog: str):
         name = _value(argv, "--recipe") or ("shapes" if _value(argv, "--data") in (None, "shapes") else "small")
         if name not in RECIPES:
             raise UsageError(f"--recipe {name} is not known: choose one of {', '.join(RECIPES)}")
-        default = flags_type(settings=RECIPES[name], recipe=name)
+        by_epochs = _value(argv, "--epochs") is not None
+        if by_epochs and _value(argv, "--minutes") is not None:
+            raise UsageError("--minutes and --epochs are two budgets for one training: give one of them")
+        default = flags_type(settings=RECIPES[name], recipe=name, **({"minutes": None} if by_epochs else {}))
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tutorial_moco import figures
-from tutorial_moco.augment import two_views
+from tutorial_moco.augment import plain_view, two_views
 from tutorial_moco.checkpoint import load_checkpoint, unpack
 from tutorial_moco.encoders import build_encoder
 from tutorial_moco.evaluate import (
@@ -60,8 +60,7 @@ def compare(
     if baselines:
         tell("baselines: raw pixels and an untrained encoder")
         results["pixels"] = {"knn_top1": knn_of_pixels(train, test)}
-        untrained = start(recipes[0], train, device, torch.float32)
-        features["untrained"] = features_of(untrained, train, test)
+        features["untrained"] = features_of(untrained(recipes[-1], train, device), train, test)
         results["untrained"] = evaluate_features(*features["untrained"], train, test)
     for recipe in recipes:
         folder = out / recipe.mechanism if len(recipes) > 1 else out
@@ -74,6 +73,7 @@ def compare(
     facts = provenance(train, device) | {"knn_k": KNN_K, "knn_temperature": KNN_TEMPERATURE}
     table = [HEAD] + [table_row(name, result) for name, result in results.items()]
     print(text_table(table))
+    print(f"computed in {run.summary()['precision']}, channels_last, many tensors to an update, on {facts['hardware']}")
     tell("drawing the report")
     report = out / "report.html"
     pictures = draw(results, features, recipes, train, test)
@@ -92,6 +92,15 @@ def features_of(run: Run, train: ImageSet, test: ImageSet) -> tuple[Tensor, Tens
     """Features of all training and test images by the run's query encoder."""
     backbone = run.mechanism.encoder.backbone
     return tuple(extract_features(backbone, images, dtype=run.dtype) for images in (train.images, test.images))
+
+
+def untrained(recipe: Recipe, train: ImageSet, device: torch.device) -> Run:
+    """A run at step 0 whose BatchNorm has seen the data, as any trained one's has: what the architecture alone is worth."""
+    run = start(recipe, train, device, torch.float32)
+    with torch.no_grad():
+        for batch in train.images[permutation(len(train), 0)[:8000]].split(recipe.batch_size):
+            run.mechanism.encoder(plain_view(batch.to(device)))
+    return run
 
 
 def knn_of_pixels(train: ImageSet, test: ImageSet) -> float:

@@ -29,8 +29,8 @@ def build_encoder(
     """An encoder with fresh weights, in channels_last memory.
 
     Args:
-        name: ``tiny``, ``small`` or ``wide`` (`SmallBackbone`, width 16, 32 or 48), ``resnet18`` (torchvision's, with the 3x3 stem for
-            small images), ``resnet50`` (torchvision's, as for ImageNet).
+        name: ``tiny``, ``small`` or ``wide`` (`SmallBackbone`, width 16, 32 or 48), ``resnet18`` (torchvision's, with the
+            3x3 stem for small images), ``resnet50`` (torchvision's, as for ImageNet).
         head: ``linear`` (MoCo v1) or ``mlp`` (two layers, MoCo v2).
         dim: C, the length of keys and queries.
         norm: ``batch``, ``split:S`` (`SplitBatchNorm2d` of S groups) or ``group`` (GroupNorm).

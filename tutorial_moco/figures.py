@@ -32,6 +32,7 @@ CLASS_COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A900", "#000000", "#8C564B", "#7F7F7F",
 )  # fmt: skip
 MARKERS = "os^Dv"
+_BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a label that a line may run under
 
 
 def figure(width: float = 6.0, height: float = 3.4) -> Figure:
@@ -59,9 +60,8 @@ def loss_curves(runs: list[dict]) -> Figure:
             axes.annotate("queue full", (full["images_seen"], full["loss"]), (8, 6), textcoords="offset points", fontsize=8)
     for K, colours in sorted(guesses.items()):
         axes.axhline(math.log(K + 1), linestyle="--", linewidth=1, color=colours[0] if len(colours) == 1 else "#444444")
-        axes.text(
-            1, math.log(K + 1), f"log({K} + 1) ", ha="right", va="bottom", fontsize=8, transform=axes.get_yaxis_transform()
-        )
+        right = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        axes.text(0.995, math.log(K + 1) + 0.08, f"log({K} + 1)", fontsize=8, zorder=3, bbox=_BACKED, **right)
     axes.set_ylim(bottom=0, top=1.12 * max(axes.get_ylim()[1] / 1.05, math.log(max(guesses) + 1)))
     return _dressed(axes)
 
@@ -94,7 +94,7 @@ def accuracy_bars(results: dict[str, dict], chance: float) -> Figure:
             if result.get(field) is not None:
                 axes.barh(row + offset, result[field], 0.38, color=COLOURS[name], alpha=alpha)
                 label = f"{result[field]:.1f} {'kNN' if field == 'knn_top1' else 'linear'}"
-                axes.text(result[field] + 0.8, row + offset, label, va="center", fontsize=8)
+                axes.text(result[field] + 0.8, row + offset, label, va="center", fontsize=8, zorder=3).set_bbox(_BACKED)
     axes.axvline(chance, linestyle="--", linewidth=1, color="#444444")
     axes.text(chance + 0.5, len(results) - 0.42, "chance", fontsize=8, va="center")
     axes.set_yticks(range(len(results)), [TITLES[name] for name in results])
@@ -109,7 +109,7 @@ def tsne_maps(maps: dict[str, np.ndarray], labels: Tensor, classes: tuple[str, .
     Args:
         maps: from a name in ``TITLES`` to points (n, 2); labels (n,).
     """
-    fig = figure(3.6 * len(maps), 4.1)
+    fig = figure(max(6.0, 3.6 * len(maps)), 4.3)  # the legend needs six inches
     for axes, (name, points) in zip(fig.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
         for number, label in enumerate(classes):
             mine = points[(labels == number).numpy()]

@@ -266,9 +266,9 @@ def log(run: Run, window: list[Tensor], contrast: Contrast, steps_of_epoch: int)
 
 
 def _negatives_of_a_query(contrast: Contrast) -> int:
-    """K as the loss sees it: the negatives less those that are the query's own key."""
-    excluded = 0 if contrast.exclude is None else int(contrast.exclude[0].sum())
-    return len(contrast.negatives) - excluded
+    """K as the loss sees it: the negatives less those that are the query's own key, on average over queries."""
+    excluded = 0 if contrast.exclude is None else contrast.exclude.sum(dim=1).float().mean().item()
+    return len(contrast.negatives) - round(excluded)
 
 
 def watch(run: Run, train: ImageSet, test: ImageSet) -> None:

@@ -45,7 +45,7 @@ class Recipe:
     bank_momentum: float = 0.5
     """Memory bank: share of the old key that stays when its image is seen again."""
     augmentation: str = "small"
-    """The two random views: v1, v2, v3, cifar (the official notebook's), small (weaker colours), shapes (no hue is kept) or none."""
+    """The two random views: v1, v2, v3, cifar (the official notebook's), small (weaker colours), shapes (every hue), none."""
     batch_size: int = 256
     """Images of a step."""
     epochs: int = 20

@@ -1,0 +1,40 @@
+# make demo   set up and run the main job: three mechanisms side by side on drawn images, and a report
+# make test   set up and run every test
+# make lab    set up and open JupyterLab
+# make bench  set up and measure the training speed beside the usual way, lightly, and the limit
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.PHONY: demo test lab bench lint clean
+
+demo: $(VENV)/ready-demo
+	$(BIN)/tutorial-moco compare --data shapes --minutes 0.8
+
+test: $(VENV)/ready-test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: $(VENV)/ready-notebooks
+	$(BIN)/jupyter lab
+
+bench: $(VENV)/ready-benchmarks
+	$(BIN)/python -m benchmarks.throughput
+
+# One environment; each command adds what it needs, and again when pyproject.toml has changed.
+$(VENV)/ready-demo: EXTRAS =
+$(VENV)/ready-test: EXTRAS = [notebooks,test]
+$(VENV)/ready-notebooks: EXTRAS = [notebooks]
+$(VENV)/ready-benchmarks: EXTRAS = [benchmarks]
+$(VENV)/ready-%: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (the first time about 5 GB and a few minutes: PyTorch)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(EXTRAS)'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
