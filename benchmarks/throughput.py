@@ -73,7 +73,7 @@ def loaded(pixels: np.ndarray, views: list[Callable], batch_size: int, device: t
     """Two views of batch after batch, without end, from a DataLoader."""
     loader = DataLoader(
         Pictures(pixels, views), batch_size, shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=True,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda", multiprocessing_context="fork" if sys.platform == "linux" else None,
     )  # fmt: skip
     while True:
         for batch in loader:

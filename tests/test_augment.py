@@ -146,12 +146,12 @@ def test_the_order_of_the_operations_is_torchvisions(order):
 
 @pytest.mark.parametrize("hue", [-0.1, -0.05, 0.0, 0.05, 0.1])
 def test_a_small_turn_of_the_hue_is_near_torchvisions(hue):
-    x = smooth_images(64)
+    """On muted colours: torchvision goes around the HSV cone, and the difference grows with the saturation."""
+    x = smooth_images(64, low=0.38, high=0.62)
     expected = torch.stack([TF.adjust_hue(image, hue) for image in x])
-    found = with_one_factor(x, 3, hue)
-    assert (found - expected).abs().mean() < (0.02 if hue else 1e-5)
-    turned_back = with_one_factor(x, 3, -hue)
-    assert not hue or (turned_back - expected).abs().mean() > 2 * (found - expected).abs().mean()  # the right way round
+    difference = (with_one_factor(x, 3, hue) - expected).abs().mean()
+    assert difference < (0.02 if hue else 1e-5)
+    assert not hue or (with_one_factor(x, 3, -hue) - expected).abs().mean() > 2 * difference  # the right way round
 
 
 def test_turning_the_hue_keeps_grays_and_luminance_and_a_whole_turn_is_none():

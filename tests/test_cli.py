@@ -34,15 +34,16 @@ def own_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def call(*argv):
-    """Exit status, stdout and stderr of a command."""
-    out, err = io.StringIO(), io.StringIO()
+def call(*argv, encoding="utf-8"):
+    """Exit status, stdout and stderr of a command on a terminal of this encoding."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = cli.main([str(word) for word in argv])
         except SystemExit as stop:
             status = stop.code or 0
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in (out, err))
+    return SimpleNamespace(status=status, out=out, err=err)
 
 
 def image_folder(root, train=24, test=20, classes=("cat", "dog")):
@@ -116,6 +117,13 @@ def test_a_wrong_image_size_is_named_as_the_flag_it_was_given_by(folder):
     assert_one_line(call("data", "--data", folder, "--image-size", "4"), 2, "--image-size")
 
 
+def test_a_proposal_is_also_made_on_a_terminal_that_knows_ascii_only():
+    """tyro then frames its complaint with other characters."""
+    result = call("pretrain", "--temprature", "0.1", encoding="ascii")
+    assert_one_line(result, 2, "Unrecognized options: --temprature, 0.1 (perhaps --temperature)")
+    assert "---" not in result.err
+
+
 @pytest.mark.parametrize("kind", ["one class", "truncated", "outside", "no archive"])
 def test_bad_data_ends_in_one_line_and_status_3(kind, folder, tmp_path):
     if kind == "one class":
@@ -133,7 +141,7 @@ def test_bad_data_ends_in_one_line_and_status_3(kind, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"\x80\x04\x95cposix\nsystem\n", b"\x08\0\0\0\0\0\0\0{\"a\":1}\n"])
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"\x80\x04\x95cposix\nsystem\n", b'\x08\0\0\0\0\0\0\0{"a":1}\n'])
 def test_a_file_that_is_no_checkpoint_ends_in_one_line_and_status_3(content, folder, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(content)
     assert_one_line(call("evaluate", "--data", folder, "--checkpoint", "bad.safetensors"), 3, "bad.safetensors")
@@ -180,10 +188,16 @@ def test_help_of_a_command_mentions_every_flag_and_explains_it(command):
     assert flags_type.__doc__.splitlines()[0].split(":")[0] in " ".join(result.out.split())
 
 
-@pytest.mark.parametrize(("argv", "recipe"), [
-    ([], "shapes"), (["--data", "cifar10"], "small"), (["--data=cifar10"], "small"), (["--recipe", "cifar10-resnet18"], "cifar10-resnet18"),
-    (["--data", "shapes", "--recipe", "small"], "small"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "recipe"),
+    [
+        ([], "shapes"),
+        (["--data", "cifar10"], "small"),
+        (["--data=cifar10"], "small"),
+        (["--recipe", "cifar10-resnet18"], "cifar10-resnet18"),
+        (["--data", "shapes", "--recipe", "small"], "small"),
+    ],
+)
 def test_the_recipe_decides_the_other_flags_defaults_and_a_users_value_stands(argv, recipe):
     flags = cli.parse(cli.Pretrain, [*argv, "--lr", "0.77", "--K", "5"], "tutorial-moco pretrain")
     assert flags.settings == RECIPES[recipe].replace(lr=0.77, K=5)
@@ -196,8 +210,9 @@ def test_the_same_settings_find_the_same_folder_and_others_do_not():
         return cli.default_out(cli.parse(cli.Pretrain, list(argv), ""), "pets.tar.gz")
 
     assert out("--lr", "0.1") == out("--lr=0.1")
-    assert len({out(), out("--lr", "0.1"), out("--minutes", "2"), out("--hold-out", "0.1"), out("--image-size", "16")}) == 5
-    assert out().parts[0] == "runs"
+    others = [("--seed", "0"), ("--lr", "0.1"), ("--minutes", "2"), ("--hold-out", "0.1"), ("--image-size", "16")]
+    assert len({out(*words) for words in others}) == 5
+    assert out("--seed", "0").parts[0] == "runs"
 
 
 # ---- one run, from start to report

@@ -61,7 +61,8 @@ def test_a_fresh_encoder_is_decided_by_torchs_seed_and_lies_in_channels_last_mem
     [
         ({"name": "resnet34"}, "--encoder resnet34"),
         ({"head": "deep"}, "--head deep"),
-        *(({"norm": norm}, f"--norm {norm}") for norm in ("layer", "split", "split:", "split:1", "split:x", "split:-2", "group:4")),
+        *(({"norm": norm}, f"--norm {norm}") for norm in ("layer", "split", "split:", "split:1", "split:x", "split:-2")),
+        ({"norm": "group:4"}, "--norm group:4"),
         ({"norm": "batch:2"}, "--norm batch:2"),
     ],
     ids=str,

@@ -208,7 +208,7 @@ def test_resizing_keeps_the_centre_and_antialiases(tmp_path):
 
 @pytest.mark.parametrize("size", [7, 0, -1])
 def test_too_small_a_size_is_a_wrong_setting(tmp_path, size):
-    with pytest.raises(UsageError, match="image_size"):
+    with pytest.raises(UsageError, match="--image-size"):
         load(make(tmp_path, tree()), image_size=size)
 
 
@@ -237,7 +237,7 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
 def test_more_than_half_of_the_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "_memory", lambda: 2 * 10 * 3 * 12 * 12)
     assert len(load(make(tmp_path, tree()))) == 6
-    with pytest.raises(DataError, match="smaller image_size"):
+    with pytest.raises(DataError, match="smaller --image-size"):
         load(make(tmp_path, tree()), image_size=13)
 
 

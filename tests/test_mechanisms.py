@@ -410,7 +410,9 @@ def test_the_memory_bank_writes_a_running_mean_at_the_batchs_rows_only(momentum)
     assert int(bank.steps) == 1
 
 
-@pytest.mark.parametrize(("variant", "expected"), [("moco", 10 * 8 * 4), ("memory_bank", 32 * 8 * 4), ("end_to_end", 0), ("simclr", 0)])
+@pytest.mark.parametrize(
+    ("variant", "expected"), [("moco", 10 * 8 * 4), ("memory_bank", 32 * 8 * 4), ("end_to_end", 0), ("simclr", 0)]
+)
 def test_dictionary_bytes_are_those_of_the_keys_kept(variant, expected):
     assert tiny_run(**VARIANTS[variant]).mechanism.dictionary_bytes == expected
 

@@ -140,15 +140,18 @@ def run_evaluate(flags: Evaluate) -> dict:
 def run_data(flags: Data) -> dict:
     """Sizes, classes, hash, contact sheet."""
     from tutorial_moco.figures import contact_sheet
+    from tutorial_moco.provenance import provenance
     from tutorial_moco.report import png
+    from tutorial_moco.speed import default_device
 
     train, test = load(flags)
     print(f"classes: {', '.join(train.classes)}")
     print(f"sha256 of the training images and labels: {train.hash}")
     if flags.sheet:
-        flags.sheet.write_bytes(png(contact_sheet(train)))
+        write_file("--sheet", flags.sheet, png(contact_sheet(train)))
         print(f"contact sheet: {flags.sheet}")
-    return {"data": train.name, "data_hash": train.hash, "train": len(train), "test": len(test), "classes": train.classes}
+    facts = provenance(train, default_device())
+    return {**facts, "train": len(train), "test": len(test), "classes": train.classes}
 
 
 def load(flags: DataFlags):
@@ -233,7 +236,7 @@ def parse(flags_type: type, argv: list[str], prog: str):
 
 def _value(argv: list[str], flag: str) -> str | None:
     """A flag's value before the words are parsed, or None."""
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip(argv, [*argv, None][1:], strict=True):
         if word == flag:
             return following
         if word.startswith(flag + "="):
@@ -244,12 +247,13 @@ def _value(argv: list[str], flag: str) -> str | None:
 def one_line(box: str) -> str:
     """tyro's framed complaint as one line: what was wrong and, if it has one, its proposal."""
     lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()[1:]]
-    sections, rule = [[]], re.compile("^─+$")
+    sections, rule = [[]], re.compile("^[─-]+$")
     for line in lines:
         if rule.match(line):
             sections.append([])
         elif line:
             sections[-1].append(line)
+    sections = [section for section in sections if section]
     message = " ".join(sections[0]).removeprefix("Error parsing settings: ").rstrip(".")
     proposal = next((s[1].split()[0] for s in sections[1:] if len(s) > 1 and s[0].startswith("Perhaps")), None)
     return f"{message} (perhaps {proposal})" if proposal else message
@@ -257,10 +261,15 @@ def one_line(box: str) -> str:
 
 def write_json(path: Path, result: dict) -> None:
     """The result as JSON, in one move."""
+    write_file("--json", path, (json.dumps(result, indent=1, default=str) + "\n").encode())
+
+
+def write_file(flag: str, path: Path, content: bytes) -> None:
+    """A file that is there whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        raise UsageError(f"--json {path} could not be written: {error.strerror or error}") from error
+        raise UsageError(f"{flag} {path} could not be written: {error.strerror or error}") from error

@@ -131,9 +131,11 @@ def evaluate_checkpoint(path: Path, train_set: ImageSet, test_set: ImageSet) -> 
     recipe = Recipe.from_json(state["recipe"])
     encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm)
     unpack({n.removeprefix("mechanism."): t for n, t in tensors.items()}, encoder=encoder)
-    encoder.to(default_device())
-    features = [extract_features(encoder.backbone, images.images) for images in (train_set, test_set)]
-    return {**evaluate_features(*features, train_set, test_set), "recipe": dataclasses.asdict(recipe), "steps": state["step"]}
+    device, dtype = default_device(), getattr(torch, state["dtype"])  # read in the format it was trained in
+    encoder.to(device)
+    features = [extract_features(encoder.backbone, images.images, dtype=dtype) for images in (train_set, test_set)]
+    accuracy = evaluate_features(*features, train_set, test_set)
+    return {**provenance(train_set, device), **accuracy, "recipe": dataclasses.asdict(recipe), "steps": state["step"]}
 
 
 # The report ----------------------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def draw(
     index = permutation(len(train), 1)[:8]
     view_q, view_k = two_views(train.images[index], index, recipes[0].augmentation)
     queries = torch.stack([(test.labels == label).nonzero()[0, 0] for label in test.labels.unique()[:10]])
-    _, places = nearest(features[best][1][queries], features[best][0], 8)
+    _, places = nearest(features[best][1][queries], features[best][0], min(8, len(train)))
     chance = 100 / len(train.classes)
     return [
         Picture(

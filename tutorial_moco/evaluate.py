@@ -89,6 +89,7 @@ def nearest(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def tsne(features: Tensor, *, seed: int = 0, perplexity: float = 30.0) -> np.ndarray:
     """t-SNE of the directions of features (n, D) in the plane: float32 (n, 2), scaled to unit spread."""
+    perplexity = min(perplexity, (len(features) - 1) / 3)  # scikit-learn wants it well below the number of images
     points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(F.normalize(features, dim=1).numpy())
     return (points - points.mean(axis=0)) / points.std()
 

@@ -105,7 +105,7 @@ def load_images(
         raise UsageError(f"split is {split!r}: take train or test")
     smallest = 16 if str(data).lower() == "shapes" else 8
     if image_size is not None and image_size < smallest:
-        raise UsageError(f"image_size is {image_size}: take at least {smallest} pixels for {data}")
+        raise UsageError(f"--image-size must be at least {smallest} for {data}, not {image_size}")
     cache = Path(cache) if cache is not None else default_cache()
     name, key, make = _source(data, image_size, cache, progress)
     safe_name = re.sub(r"[^\w.-]", "_", name)[:60]
@@ -288,7 +288,7 @@ def _decode_splits(path: Path, title: str, size: int | None, progress: bool) -> 
     pixels, shrunk = _decode_all(path, title, names, size, progress), size is not None
     if pixels is None:
         pixels, shrunk = _decode_all(path, title, names, FALLBACK_SIZE, progress), True
-    fitted = f"shorter sides are resized to {pixels.shape[-1]} pixels, centres cropped (image_size sets it)"
+    fitted = f"shorter sides are resized to {pixels.shape[-1]} pixels, centres cropped (--image-size sets it)"
     classes, made, start = tuple(files["train"]), {}, 0
     for split, line in ("train", fitted if shrunk else ""), ("test", note):
         labels = [label for label, members in enumerate(files[split].get(c, ()) for c in classes) for _ in members]
@@ -360,7 +360,7 @@ def _room(title: str, count: int, shape: tuple[int, ...]) -> np.ndarray:
     if needed > _memory() // 2:
         raise DataError(
             f"{title} would take {needed / 2**30:.1f} GiB as {shape[2]} x {shape[1]} pixels, over half of this "
-            "machine's memory: choose a smaller image_size"
+            "machine's memory: choose a smaller --image-size"
         )
     return np.empty((count, *shape), np.uint8)
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from tutorial_moco.augment import plain_view, two_views
 from tutorial_moco.checkpoint import load_checkpoint, pack, save_checkpoint, unpack
 from tutorial_moco.encoders import build_encoder
-from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.errors import UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1
 from tutorial_moco.images import ImageSet
 from tutorial_moco.losses import estimate_log_z, info_nce, nce, pretext_accuracy
@@ -44,10 +44,12 @@ class Run:
     optimizer: torch.optim.Optimizer
     dtype: torch.dtype
     n: int  # training images
+    data_hash: str = ""  # theirs: a run does not go on with others
     step: int = 0
     seconds: float = 0.0  # of training; evaluation is not counted
     log_z: float | None = None  # NCE's normaliser, averaged over steps
-    losses: list[dict[str, float]] = field(default_factory=list)  # every LOG_EVERY steps
+    window: list[float] = field(default_factory=list)  # losses since the last point of the curve
+    losses: list[dict[str, float]] = field(default_factory=list)  # the curve, a point every LOG_EVERY steps
     monitor: list[dict[str, float]] = field(default_factory=list)  # the kNN during training
     peak_memory_bytes: int = 0
     device: torch.device = field(default_factory=default_device)
@@ -109,7 +111,6 @@ def pretrain(
     steps_of_epoch = len(train) // recipe.batch_size
     total = 60 * minutes if minutes else recipe.epochs * steps_of_epoch
     with progress_bar(run, total, bool(minutes), progress) as bar:
-        window = []
         for epoch, index in batches(len(train), recipe, run.step, device):
             done = (run.seconds if minutes else run.step) / total
             if test is not None and len(run.monitor) < math.floor(done * monitor + 1e-9):
@@ -121,10 +122,9 @@ def pretrain(
             set_learning_rate(run.optimizer, recipe, done)
             start_time = time.perf_counter()
             loss, contrast = train_step(run, images[index], index, epoch)
-            window.append(loss)
+            run.window.append(loss)
             if run.step % LOG_EVERY == 0 or run.step == 1:
-                log(run, window, contrast, steps_of_epoch)
-                window.clear()
+                log(run, contrast, steps_of_epoch)
             synchronize(device)
             spent = time.perf_counter() - start_time
             run.seconds += spent
@@ -135,20 +135,27 @@ def pretrain(
     return run
 
 
-def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Contrast]:
-    """Algorithm 1 of the paper, lines 5 to 14, for the images (N, 3, H, W) whose numbers are ``index`` (N,)."""
+def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[float, Contrast]:
+    """Algorithm 1 of the paper, lines 5 to 14, for the images (N, 3, H, W) whose numbers are ``index`` (N,).
+
+    Raises:
+        UsageError: the loss is not finite; weights, key encoder and dictionary are as they were before the step.
+    """
     recipe, mechanism = run.recipe, run.mechanism
     view_q, view_k = two_views(images, index, recipe.augmentation, seed=recipe.seed, epoch=epoch)
     with autocast(images.device, run.dtype):
         contrast = mechanism.contrast(view_q, view_k, index)
     loss = loss_of(run, contrast)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise UsageError(f"the loss is {value} at step {run.step + 1}: try a lower --lr or a higher --temperature")
     run.optimizer.zero_grad()
     loss.backward()
     run.optimizer.step()
     mechanism.update_key_encoder()
     mechanism.update_dictionary(contrast, index)
     run.step += 1
-    return loss.detach(), contrast
+    return value, contrast
 
 
 def loss_of(run: Run, contrast: Contrast) -> Tensor:
@@ -203,7 +210,7 @@ def start(recipe: Recipe, train: ImageSet, device: torch.device, dtype: torch.dt
     encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm, images=sample).to(device)
     dtype = dtype or choose_precision(encoder, sample[:32].to(device))
     mechanism = build_mechanism(recipe, encoder, len(train)).to(device)
-    return Run(recipe, mechanism, build_optimizer(recipe, mechanism), dtype, len(train), device=device)
+    return Run(recipe, mechanism, build_optimizer(recipe, mechanism), dtype, len(train), train.hash, device=device)
 
 
 def build_mechanism(recipe: Recipe, encoder, n: int) -> Mechanism:
@@ -227,7 +234,8 @@ def save_run(run: Run, out: Path) -> None:
     """Everything that going on needs, into ``out/checkpoint.safetensors``."""
     state = {
         "recipe": run.recipe.to_json(), "dtype": str(run.dtype).removeprefix("torch."), "step": run.step,
-        "seconds": run.seconds, "log_z": run.log_z, "losses": run.losses, "monitor": run.monitor,
+        "seconds": run.seconds, "log_z": run.log_z, "window": run.window, "losses": run.losses, "monitor": run.monitor,
+        "data_hash": run.data_hash,
         "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes(run.device)),
     }  # fmt: skip
     save_checkpoint(out / "checkpoint.safetensors", pack(mechanism=run.mechanism, optimizer=run.optimizer), state)
@@ -240,12 +248,11 @@ def resume(run: Run, out: Path) -> None:
     if before != run.recipe:
         changed = [f"{n} {v} there" for n, v in vars(before).items() if v != getattr(run.recipe, n)]
         raise UsageError(f"--out {out} holds a run of other settings ({', '.join(changed)}): choose another --out")
-    try:
-        unpack(tensors, mechanism=run.mechanism, optimizer=run.optimizer)
-    except (RuntimeError, ValueError) as error:
-        raise DataError(f"{out} holds a run on other data (its tensors do not fit): choose another --out") from error
+    if state["data_hash"] != run.data_hash:
+        raise UsageError(f"--out {out} holds a run on other images: choose another --out")
+    unpack(tensors, mechanism=run.mechanism, optimizer=run.optimizer)
     run.dtype = getattr(torch, state["dtype"])
-    for name in ("step", "seconds", "log_z", "losses", "monitor", "peak_memory_bytes"):
+    for name in ("step", "seconds", "log_z", "window", "losses", "monitor", "peak_memory_bytes"):
         setattr(run, name, state[name])
     print(f"going on from step {run.step:,} in {out}", file=sys.stderr)
 
@@ -253,11 +260,10 @@ def resume(run: Run, out: Path) -> None:
 # Watching ------------------------------------------------------------------------------------------------------------
 
 
-def log(run: Run, window: list[Tensor], contrast: Contrast, steps_of_epoch: int) -> None:
+def log(run: Run, contrast: Contrast, steps_of_epoch: int) -> None:
     """Add a point to the loss curve: the mean loss since the last one, and the pretext accuracy of this batch."""
-    loss = torch.stack(window).mean().item()
-    if not math.isfinite(loss):
-        raise UsageError(f"the loss is {loss} at step {run.step}: try a lower --lr or a higher --temperature")
+    loss = sum(run.window) / len(run.window)
+    run.window.clear()
     filled = int(run.mechanism.filled) if isinstance(run.mechanism, MoCo) else 0
     run.losses.append({
         "step": run.step, "epoch": run.step / steps_of_epoch, "images_seen": run.images_seen, "seconds": run.seconds,
