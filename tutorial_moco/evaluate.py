@@ -77,7 +77,7 @@ def linear_top1(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: 
     """Accuracy, in percent, of a linear classifier on frozen features: scikit-learn's LogisticRegression, standardised."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # by then the accuracy has long stopped moving
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 300 rounds are the probe's budget, not a fault
         probe.fit(train.numpy(), train_labels.numpy())
     return 100 * float(probe.score(test.numpy(), test_labels.numpy()))
 

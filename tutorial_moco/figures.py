@@ -94,7 +94,7 @@ def accuracy_bars(results: dict[str, dict], chance: float) -> Figure:
             if result.get(field) is not None:
                 axes.barh(row + offset, result[field], 0.38, color=COLOURS[name], alpha=alpha)
                 label = f"{result[field]:.1f} {'kNN' if field == 'knn_top1' else 'linear'}"
-                axes.text(result[field] + 0.8, row + offset, label, va="center", fontsize=8, zorder=3).set_bbox(_BACKED)
+                axes.text(result[field] + 0.8, row + offset, label, va="center", fontsize=8, zorder=3, bbox=_BACKED)
     axes.axvline(chance, linestyle="--", linewidth=1, color="#444444")
     axes.text(chance + 0.5, len(results) - 0.42, "chance", fontsize=8, va="center")
     axes.set_yticks(range(len(results)), [TITLES[name] for name in results])

@@ -139,7 +139,8 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
     """Algorithm 1 of the paper, lines 5 to 14, for the images (N, 3, H, W) whose numbers are ``index`` (N,).
 
     Raises:
-        UsageError: the loss is not finite; weights, key encoder and dictionary are as they were before the step.
+        UsageError: the loss is not finite; weights, key encoder and dictionary are as they were before the step
+            (BatchNorm's running statistics are not: the views have been through the encoders).
     """
     recipe, mechanism = run.recipe, run.mechanism
     view_q, view_k = two_views(images, index, recipe.augmentation, seed=recipe.seed, epoch=epoch)
