@@ -1,7 +1,6 @@
 """Checkpoints: one safetensors file with every tensor of a run and its settings and counters as JSON. No pickle."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -10,28 +9,19 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tutorial_moco.errors import DataError
+from tutorial_moco.files import write_whole
 
 _FORMAT = "tutorial_moco checkpoint 1"
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, object]) -> None:
-    """Write tensors and JSON-able state so that a crash leaves either the old file or the new one, never a part.
+    """Write tensors and JSON-able state, in one move.
 
     Raises:
         DataError: the disk refused; the message names the path.
     """
     data = save({name: t.detach().contiguous() for name, t in tensors.items()}, {"format": _FORMAT, "state": json.dumps(state)})
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path} could not be written ({len(data):,} bytes): {error.strerror or error}") from error
+    write_whole(path, data)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -14,6 +14,7 @@ import tyro
 
 from tutorial_moco import __version__
 from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.files import write_whole
 from tutorial_moco.recipes import RECIPES, Recipe
 
 HELP = f"""tutorial-moco {__version__}: learn Momentum Contrast by building it.
@@ -265,11 +266,8 @@ def write_json(path: Path, result: dict) -> None:
 
 
 def write_file(flag: str, path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all."""
+    """A file that a flag asked for."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"{flag} {path} could not be written: {error.strerror or error}") from error
+        write_whole(path, content)
+    except DataError as error:
+        raise UsageError(f"{flag} {error}") from error

@@ -22,6 +22,7 @@ from tutorial_moco.evaluate import (
     pixel_features,
     tsne,
 )
+from tutorial_moco.files import write_whole
 from tutorial_moco.images import ImageSet
 from tutorial_moco.pretrain import Run, pretrain, start
 from tutorial_moco.provenance import provenance
@@ -78,7 +79,7 @@ def compare(
     report = out / "report.html"
     pictures = draw(results, features, recipes, train, test)
     write_report(report, *words(recipes, train, test, minutes), table, pictures, facts)
-    (out / "result.json").write_text(json.dumps(record(facts, results), indent=1) + "\n", encoding="utf-8")
+    write_whole(out / "result.json", (json.dumps(record(facts, results), indent=1) + "\n").encode())
     print(f"\nreport: {report}")
     return record(facts, results)
 

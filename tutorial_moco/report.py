@@ -9,6 +9,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from tutorial_moco.files import write_whole
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -53,10 +55,7 @@ def write_report(
     body += [_picture(picture) for picture in pictures]
     pairs = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
     body.append(f"<h2>Where these numbers come from</h2><dl>{pairs}</dl>")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(_PAGE.format(title=html.escape(title), body="\n".join(body)), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, _PAGE.format(title=html.escape(title), body="\n".join(body)).encode())
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:
