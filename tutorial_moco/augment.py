@@ -73,6 +73,12 @@ def two_views(
         Two float32 tensors (B, 3, size, size), normalised, in channels_last memory.
     """
     first, second = AUGMENTATIONS[augmentation]
+    if first == second:  # one batch of both is quicker than two
+        view = torch.arange(2, device=images.device).repeat_interleave(len(images))
+        both = random_view(
+            images.repeat(2, 1, 1, 1), index.repeat(2), first, seed=seed, epoch=epoch, view=view[:, None], size=size
+        )
+        return both.chunk(2)
     return (
         random_view(images, index, first, seed=seed, epoch=epoch, view=0, size=size),
         random_view(images, index, second, seed=seed, epoch=epoch, view=1, size=size),
@@ -80,7 +86,7 @@ def two_views(
 
 
 def random_view(
-    images: Tensor, index: Tensor, recipe: Augmentation, *, seed: int, epoch: int, view: int, size: int | None = None
+    images: Tensor, index: Tensor, recipe: Augmentation, *, seed: int, epoch: int, view: int | Tensor, size: int | None = None
 ) -> Tensor:
     """One random view of each image; a function of (seed, epoch, view, index) and the image alone. See `two_views`."""
     height, width = images.shape[-2:]
@@ -88,7 +94,7 @@ def random_view(
     u = uniform(seed, epoch, view, index.to(images.device)[:, None], torch.arange(40, device=images.device))
     top, left, crop_height, crop_width = crop_boxes(u[:, :22], height, width, recipe.crop_scale, recipe.crop_ratio)
     flip = u[:, 22] < recipe.flip
-    x = crop_resize(images.float().div_(255), top, left, crop_height, crop_width, flip, size)
+    x = crop_resize(images, top, left, crop_height, crop_width, flip, size)
     if recipe.jitter_p or recipe.grayscale:
         factors, order = jitter_factors(u[:, 23:27], recipe.jitter), torch.argsort(u[:, 27:31], dim=1)
         factors = torch.where((u[:, 31] < recipe.jitter_p)[:, None], factors, factors.new_tensor([1.0, 1.0, 1.0, 0.0]))
@@ -170,14 +176,15 @@ def crop_resize(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Ten
     """Crop a box of each image and resize it, antialiased, to size x size; mirrored where ``flip`` holds.
 
     Args:
-        x: float32 (B, 3, H, W); boxes as from `crop_boxes`; flip: bool (B,).
+        x: float32 in [0, 1] or uint8, (B, 3, H, W); boxes as from `crop_boxes`; flip: bool (B,).
 
     Returns:
-        float32 (B, 3, size, size), contiguous.
+        float32 in [0, 1], (B, 3, size, size), contiguous.
     """
-    return _rows_and_columns(
-        x, resize_weights(top, height, size, x.shape[2]), resize_weights(left, width, size, x.shape[3], flip)
-    )
+    rows = resize_weights(top, height, size, x.shape[2])
+    if x.dtype == torch.uint8:
+        rows.div_(255)  # here it costs least
+    return _rows_and_columns(x, rows, resize_weights(left, width, size, x.shape[3], flip))
 
 
 def blur_some(x: Tensor, chosen: Tensor, sigma: Tensor) -> Tensor:
@@ -200,7 +207,7 @@ def _rows_and_columns(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """rows (B, h, H) @ x (B, 3, H, W) @ columns^T (B, W, w): two batched products, of all three colours at a time."""
     B, C, H, W = x.shape
     h, w = rows.shape[1], columns.shape[1]
-    x = torch.bmm(rows, x.transpose(1, 2).reshape(B, H, C * W))
+    x = torch.bmm(rows, x.transpose(1, 2).reshape(B, H, C * W).float())
     x = torch.bmm(x.view(B, h * C, W), columns.transpose(1, 2))
     return x.view(B, h, C, w).transpose(1, 2).contiguous()
 
@@ -220,7 +227,7 @@ def colour_matrices(x: Tensor, factors: Tensor, order: Tensor, gray: Tensor) -> 
     """Brightness, contrast, saturation and hue in each image's own order, then grayscale: one affine map per image.
 
     Differs from torchvision in two ways that keep it linear: values are clipped once, at the end, and the hue turns about
-    the gray axis (in YIQ) instead of around the HSV cone. docs/DESIGN.md gives the measured difference.
+    the gray axis (1, 1, 1) instead of around the HSV cone. docs/DESIGN.md gives the measured difference.
 
     Args:
         x: float32 (B, 3, H, W) in [0, 1]; contrast needs its mean.
@@ -254,21 +261,10 @@ def apply_colour(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     return torch.baddbmm(offset, matrix, x.flatten(2)).clamp_(0, 1).view_as(x)
 
 
-_TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
-
-
 def _hue_rotation(turns: Tensor) -> Tensor:
-    """Rotation of the hue by ``turns`` (B, 1, 1) of a full turn, as a matrix (B, 3, 3) on RGB that keeps grays."""
-    to_yiq = torch.tensor(_TO_YIQ, dtype=torch.float64)
-    from_yiq = torch.linalg.inv(to_yiq).to(turns)
+    """Rotation about the gray axis (1, 1, 1) by ``turns`` (B, 1, 1) of a full turn, (B, 3, 3) on RGB; grays stay."""
     angle = turns * (2 * math.pi)
-    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    rotation = torch.cat(
-        [
-            torch.cat([one, zero, zero], dim=2),
-            torch.cat([zero, cos, sin], dim=2),
-            torch.cat([zero, -sin, cos], dim=2),
-        ],
-        dim=1,
-    )
-    return from_yiq @ rotation @ to_yiq.to(turns)
+    along = torch.full((3, 3), 1 / 3, device=turns.device)  # Rodrigues' formula: what lies along the axis stays,
+    across = torch.eye(3, device=turns.device) - along  # what lies across it turns
+    quarter = turns.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # red to green to blue
+    return along + across * angle.cos() + quarter * angle.sin()

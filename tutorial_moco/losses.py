@@ -27,11 +27,12 @@ def contrastive_logits(q: Tensor, k: Tensor, negatives: Tensor, temperature: flo
     Returns:
         float32 (N, 1 + K).
     """
+    q = q.float() / temperature  # here, where it costs N x C divisions and not N x (1 + K)
     positive = (q * k).sum(dim=1, keepdim=True)
     others = q @ negatives.T
     if exclude is not None:
         others = others.masked_fill(exclude, -torch.inf)
-    return torch.cat([positive, others], dim=1).float() / temperature
+    return torch.cat([positive, others], dim=1)
 
 
 def info_nce(q: Tensor, k: Tensor, negatives: Tensor, temperature: float, exclude: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from tutorial_moco.speed import (
     autocast,
     choose_precision,
     default_device,
+    fast_products,
     keep_freed_memory,
     peak_memory_bytes,
     reset_peak_memory,
@@ -143,15 +144,16 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
             (BatchNorm's running statistics are not: the views have been through the encoders).
     """
     recipe, mechanism = run.recipe, run.mechanism
-    view_q, view_k = two_views(images, index, recipe.augmentation, seed=recipe.seed, epoch=epoch)
-    with autocast(images.device, run.dtype):
-        contrast = mechanism.contrast(view_q, view_k, index)
-    loss = loss_of(run, contrast)
-    value = loss.item()
-    if not math.isfinite(value):
-        raise UsageError(f"the loss is {value} at step {run.step + 1}: try a lower --lr or a higher --temperature")
-    run.optimizer.zero_grad()
-    loss.backward()
+    with fast_products(run.dtype):
+        view_q, view_k = two_views(images, index, recipe.augmentation, seed=recipe.seed, epoch=epoch)
+        with autocast(images.device, run.dtype):
+            contrast = mechanism.contrast(view_q, view_k, index)
+        loss = loss_of(run, contrast)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UsageError(f"the loss is {value} at step {run.step + 1}: try a lower --lr or a higher --temperature")
+        run.optimizer.zero_grad()
+        loss.backward()
     run.optimizer.step()
     mechanism.update_key_encoder()
     mechanism.update_dictionary(contrast, index)

@@ -39,6 +39,20 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype)
 
 
+@contextlib.contextmanager
+def fast_products(dtype: torch.dtype):
+    """Context in which, if ``dtype`` is bfloat16, float32 products may round their factors to it; sums stay float32.
+
+    For what autocast must leave in float32 because it needs more digits afterwards: logits, and the views' pixels.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def choose_precision(encoder: nn.Module, view: torch.Tensor) -> torch.dtype:
     """float32 or bfloat16, whichever trains this encoder faster on this view's device (a second to measure).
 
