@@ -87,7 +87,7 @@ class MemoryBank(Mechanism):
 
     K of them are sampled as negatives, the same for the whole batch. There is no key encoder; a key is a running mean over
     visits, bank[i] = normalise(momentum * bank[i] + (1 - momentum) * q) (Wu et al. 2018, arXiv 1805.01978).
-    The bank begins with random unit vectors, as published.
+    The bank begins with random unit vectors, as published, until `fill` has given each image a key of its own.
 
     Args:
         n: number of images. K: negatives, 1 .. n - 1; n - 1 means all other images, nothing is sampled.
@@ -99,6 +99,15 @@ class MemoryBank(Mechanism):
         self.encoder, self.K, self.momentum, self.seed = encoder, K, momentum, seed
         self.register_buffer("bank", _random_keys(n, encoder.dim, seed))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def fill(self, view: Tensor, index: Tensor) -> None:
+        """First keys of the images ``index`` (N,): what the encoder makes of a view (N, 3, H, W) before any training.
+
+        Published banks are not filled. But a random vector tells nothing of its image, and as a positive it only pulls the
+        encoder astray: the whole first epoch, and half of the key for the whole second.
+        """
+        self.bank[index] = self.encoder(view)
 
     def contrast(self, view_q: Tensor, view_k: Tensor, index: Tensor) -> Contrast:
         q = self.encoder(view_q)

@@ -207,13 +207,27 @@ def check(recipe: Recipe, n: int, minutes: float | None) -> None:
 
 
 def start(recipe: Recipe, train: ImageSet, device: torch.device, dtype: torch.dtype | None = None) -> Run:
-    """A run at step 0: encoder, mechanism and optimizer, all decided by the recipe's seed."""
+    """A run at step 0: encoder, mechanism, its first keys, and optimizer, all decided by the recipe's seed."""
     torch.manual_seed(recipe.seed)
     sample = plain_view(train.images[permutation(len(train), recipe.seed)[:5000]])
     encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm, images=sample).to(device)
     dtype = dtype or choose_precision(encoder, sample[:32].to(device))
     mechanism = build_mechanism(recipe, encoder, len(train)).to(device)
-    return Run(recipe, mechanism, build_optimizer(recipe, mechanism), dtype, len(train), train.hash, device=device)
+    run = Run(recipe, mechanism, build_optimizer(recipe, mechanism), dtype, len(train), train.hash, device=device)
+    if isinstance(mechanism, MemoryBank):
+        fill_bank(run, train.images)
+    return run
+
+
+def fill_bank(run: Run, images: Tensor) -> None:
+    """One pass of the untrained encoder gives each image a key to begin with; its time counts as training."""
+    began = time.perf_counter()
+    order = permutation(run.n, run.recipe.seed, 0)
+    for index in order.tensor_split(math.ceil(run.n / run.recipe.batch_size)):  # parts alike: BatchNorm wants no odd rest
+        with autocast(run.device, run.dtype):
+            run.mechanism.fill(plain_view(images[index].to(run.device)), index.to(run.device))
+    synchronize(run.device)
+    run.seconds += time.perf_counter() - began
 
 
 def build_mechanism(recipe: Recipe, encoder, n: int) -> Mechanism:
