@@ -46,7 +46,7 @@ class Recipe:
     """Memory bank: share of the old key that stays when its image is seen again."""
     augmentation: str = "small"
     """The two random views: v1, v2, v3, cifar (the official notebook's), small (weaker colours), shapes (every hue), none."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Images of a step."""
     epochs: int = 20
     """Passes over the images, unless --minutes is given."""
