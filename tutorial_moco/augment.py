@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tutorial_moco.randomness import uniform
+from tutorial_moco.speed import products_in
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma, the weights of torchvision and Pillow
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # CIFAR-10's; any fixed numbers near the data's serve
@@ -98,7 +99,8 @@ def random_view(
     if recipe.jitter_p or recipe.grayscale:
         factors, order = jitter_factors(u[:, 23:27], recipe.jitter), torch.argsort(u[:, 27:31], dim=1)
         factors = torch.where((u[:, 31] < recipe.jitter_p)[:, None], factors, factors.new_tensor([1.0, 1.0, 1.0, 0.0]))
-        x = apply_colour(x, *colour_matrices(x, factors, order, gray=u[:, 32] < recipe.grayscale))
+        with products_in(torch.float32):  # of 3x3 matrices: rounding them would cost time
+            x = apply_colour(x, *colour_matrices(x, factors, order, gray=u[:, 32] < recipe.grayscale))
     if recipe.blur:
         low, high = recipe.blur_sigma
         x = blur_some(x, u[:, 33] < recipe.blur, (low + u[:, 34] * (high - low)) * (size / 224))

@@ -25,9 +25,9 @@ from tutorial_moco.speed import (
     autocast,
     choose_precision,
     default_device,
-    fast_products,
     keep_freed_memory,
     peak_memory_bytes,
+    products_in,
     reset_peak_memory,
     synchronize,
 )
@@ -144,7 +144,7 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
             (BatchNorm's running statistics are not: the views have been through the encoders).
     """
     recipe, mechanism = run.recipe, run.mechanism
-    with fast_products(run.dtype):
+    with products_in(run.dtype):
         view_q, view_k = two_views(images, index, recipe.augmentation, seed=recipe.seed, epoch=epoch)
         with autocast(images.device, run.dtype):
             contrast = mechanism.contrast(view_q, view_k, index)
@@ -243,8 +243,8 @@ def build_optimizer(recipe: Recipe, mechanism: Mechanism) -> torch.optim.Optimiz
     """SGD with momentum 0.9, or AdamW, over the parameters that have a gradient, many tensors to a call."""
     parameters = [p for p in mechanism.parameters() if p.requires_grad]
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, foreach=True)
-    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, foreach=True)
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
 
 
 def save_run(run: Run, out: Path) -> None:

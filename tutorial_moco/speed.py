@@ -40,13 +40,14 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 @contextlib.contextmanager
-def fast_products(dtype: torch.dtype):
-    """Context in which, if ``dtype`` is bfloat16, float32 products may round their factors to it; sums stay float32.
+def products_in(dtype: torch.dtype):
+    """Context in which float32 products may round their factors to bfloat16 if that is ``dtype``, and else are exact.
 
-    For what autocast must leave in float32 because it needs more digits afterwards: logits, and the views' pixels.
+    For what autocast must leave in float32 because it needs more digits afterwards: logits, and the views' pixels. Sums
+    stay float32.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
     try:
         yield
     finally:
