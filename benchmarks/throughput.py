@@ -143,7 +143,7 @@ def lightly(recipe: Recipe, pixels: np.ndarray, device: torch.device) -> Iterato
 def ours(run: Run, images: Tensor) -> Iterator[None]:
     """This package's training loop, in the number format that it has chosen."""
     for epoch, index in batches(len(images), run.recipe, 0, run.device):
-        train_step(run, images[index], index, epoch)
+        train_step(run, images.index_select(0, index), index, epoch)
         yield
 
 

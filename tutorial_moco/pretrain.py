@@ -122,7 +122,7 @@ def pretrain(
                 break
             set_learning_rate(run.optimizer, recipe, done)
             start_time = time.perf_counter()
-            loss, contrast = train_step(run, images[index], index, epoch)
+            loss, contrast = train_step(run, images.index_select(0, index), index, epoch)
             run.window.append(loss)
             if run.step % LOG_EVERY == 0 or run.step == 1:
                 log(run, contrast, steps_of_epoch)
@@ -243,8 +243,8 @@ def build_optimizer(recipe: Recipe, mechanism: Mechanism) -> torch.optim.Optimiz
     """SGD with momentum 0.9, or AdamW, over the parameters that have a gradient, many tensors to a call."""
     parameters = [p for p in mechanism.parameters() if p.requires_grad]
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, foreach=True)
+    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, foreach=True)
 
 
 def save_run(run: Run, out: Path) -> None:
