@@ -211,7 +211,7 @@ def start(recipe: Recipe, train: ImageSet, device: torch.device, dtype: torch.dt
     torch.manual_seed(recipe.seed)
     sample = plain_view(train.images[permutation(len(train), recipe.seed)[:5000]])
     encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm, images=sample).to(device)
-    dtype = dtype or choose_precision(encoder, sample[:32].to(device))
+    dtype = dtype or choose_precision(encoder, sample[:128].to(device))
     mechanism = build_mechanism(recipe, encoder, len(train)).to(device)
     run = Run(recipe, mechanism, build_optimizer(recipe, mechanism), dtype, len(train), train.hash, device=device)
     if isinstance(mechanism, MemoryBank):
