@@ -123,6 +123,19 @@ def load_images(
     return images
 
 
+def images_or_shapes(data: str = "cifar10") -> tuple[ImageSet, ImageSet]:
+    """Training and test images for a notebook: ``$TUTORIAL_MOCO_DATA`` if it is set, else ``data``, else ``shapes``.
+
+    Where the named images cannot be had (no network, say), a sentence says so and the drawn ones take their place.
+    """
+    try:
+        data = os.environ.get("TUTORIAL_MOCO_DATA", data)
+        return load_images(data, "train"), load_images(data, "test")
+    except DataError as error:
+        print(f"{error}\nGoing on with images drawn by the program (shapes).")
+        return load_images("shapes", "train"), load_images("shapes", "test")
+
+
 def hold_out(train: ImageSet, share: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
     """Split training images in two, so that choices need not be made on the test images.
 

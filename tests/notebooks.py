@@ -1,0 +1,41 @@
+"""What tests need of a notebook: its functions without its runs, and the solutions that its text gives."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+
+
+def cells(name: str, kind: str = "code") -> list[str]:
+    """The sources of a notebook's cells of a kind (code or markdown), in order."""
+    book = json.loads((FOLDER / name).read_text(encoding="utf-8"))
+    return ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == kind]
+
+
+def functions_of(name: str) -> dict[str, object]:
+    """All functions and classes that a notebook's cells define, with its imports, and nothing of it run.
+
+    Of a name that is defined twice the first stays: what the reader builds by hand, before the package's takes its place.
+    """
+    tree = ast.parse("\n".join(line for cell in cells(name) for line in cell.splitlines() if not line.startswith(("%", "!"))))
+    kept, built = [], set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in built:
+            built.add(node.name)
+            kept.append(node)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            node.names = [alias for alias in node.names if (alias.asname or alias.name) not in built]
+            kept += [node] if node.names else []
+    namespace: dict[str, object] = {"__name__": name}
+    exec(compile(ast.Module(kept, []), name, "exec"), namespace)
+    return namespace
+
+
+def solutions_of(name: str) -> list[str]:
+    """The code in the notebook's folded solutions, in order."""
+    text = "\n".join(cells(name, "markdown"))
+    folded = re.findall(r"<details><summary>Solution.*?</details>", text, re.S)
+    return [code for part in folded for code in re.findall(r"```python\n(.*?)```", part, re.S)]

@@ -1,0 +1,91 @@
+"""Is everything here that the chapters need? Each answer is one line: [OK], or [FAIL] with what to do."""
+
+import importlib
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tutorial_moco.errors import DataError
+
+ROOM = 2 * 2**30  # bytes for CIFAR-10, its decoded images and some runs
+MEMORY = 4 * 2**30  # bytes that training the small encoder on CIFAR-10 takes at most, with room to spare
+
+
+def diagnose(data: str = "cifar10") -> list[tuple[bool, str]]:
+    """Whether each thing is well, and a line that says what was found and, where it is not, the mend."""
+    return [check() for check in (_torch, _widgets, _memory, _disk)] + [_images(data), _rows()]
+
+
+def report(data: str = "cifar10") -> bool:
+    """Print the diagnosis; True if all is well."""
+    found = diagnose(data)
+    for well, line in found:
+        print(f"[{'OK' if well else 'FAIL'}] {line}")
+    return all(well for well, _ in found)
+
+
+def _torch() -> tuple[bool, str]:
+    try:
+        import torch
+        import torchvision
+
+        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # fails where the two do not belong together
+    except (ImportError, RuntimeError) as error:
+        mend = "install both together: pip install --force-reinstall torch torchvision"
+        return False, f"torch and torchvision do not work together ({str(error).splitlines()[0]}); {mend}"
+    from tutorial_moco.provenance import hardware
+    from tutorial_moco.speed import default_device
+
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+    return True, f"{versions}, on {hardware(default_device())}"
+
+
+def _widgets() -> tuple[bool, str]:
+    try:
+        importlib.import_module("ipywidgets")
+        return True, f"ipywidgets {version('ipywidgets')}: if a slider does not show, reload the page once"
+    except (ImportError, PackageNotFoundError):
+        return False, "ipywidgets is missing, and with it every slider; pip install ipywidgets, then restart the kernel"
+
+
+def _memory() -> tuple[bool, str]:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return True, "memory: not asked on this system; 4 GB free are enough"
+    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    if free < MEMORY:
+        return False, f"{free / 2**30:.1f} GB of memory are free, 4 are wanted; close other programs, or use --data shapes"
+    return True, f"{free / 2**30:.1f} GB of memory free"
+
+
+def _disk() -> tuple[bool, str]:
+    from tutorial_moco.images import default_cache
+
+    place = default_cache()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < ROOM:
+        return False, f"{free / 2**30:.1f} GB of disk are free, 2 are wanted; set TUTORIAL_MOCO_CACHE to a folder with room"
+    return True, f"{free / 2**30:.0f} GB of disk free"
+
+
+def _images(data: str) -> tuple[bool, str]:
+    from tutorial_moco.images import load_images
+
+    try:
+        train = load_images(data, "train")
+    except DataError as error:
+        return False, f"{error}. The chapters go on with images drawn by the program"
+    return True, f"{train.name}: {len(train):,} training images of {train.images.shape[-1]} pixels"
+
+
+def _rows() -> tuple[bool, str]:
+    from tutorial_moco.results import load_rows
+
+    try:
+        rows = load_rows()
+    except DataError as error:
+        return False, str(error)
+    return True, f"{len(rows)} measured runs to draw from"
