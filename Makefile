@@ -1,27 +1,40 @@
 # make demo   set up and run the main job: three mechanisms side by side on drawn images, and a report
 # make test   set up and run every test
 # make lab    set up and open JupyterLab
+# make notebooks  run the chapters and write their outputs
 # make bench  set up and measure the training speed beside the usual way, lightly, and the limit
+# make study  set up and measure the paper's claims: hours; stop it at any time, the same command goes on
+# make figures  draw every picture of the study and write docs/RESULTS.md, from the rows in data/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test lab bench lint clean
+.PHONY: demo test lab bench study figures notebooks lint clean
 
 demo: $(VENV)/ready-demo
 	$(BIN)/tutorial-moco compare --data shapes --minutes 0.8
 
 test: $(VENV)/ready-test lint
 	$(BIN)/python -m pytest
+	PYTHONPATH=tests/offline $(BIN)/python -m pytest --nbval-lax notebooks
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 lab: $(VENV)/ready-notebooks
-	$(BIN)/jupyter lab
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 bench: $(VENV)/ready-benchmarks
 	$(BIN)/python -m benchmarks.throughput
+
+study: $(VENV)/ready-demo
+	$(BIN)/python -m benchmarks.study
+
+figures: $(VENV)/ready-demo
+	$(BIN)/python -m benchmarks.figures
+
+notebooks: $(VENV)/ready-notebooks
+	$(BIN)/python book/execute.py
 
 # One environment; each command adds what it needs, and again when pyproject.toml has changed.
 $(VENV)/ready-demo: EXTRAS =
