@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from tutorial_moco.augment import MEAN, STD
@@ -177,7 +178,8 @@ def _running_mean(values: list[float], width: int) -> list[float]:
 
 def _dressed(axes) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f} k" if x else "0")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M" if x >= 1e6 else f"{x / 1000:g} k" if x else "0")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(frameon=False, fontsize=8)
     return axes.figure
