@@ -1,0 +1,463 @@
+"""Pictures of the study: the paper's claims, measured. Each function takes rows, returns a matplotlib Figure, changes nothing.
+
+Rows are those of `results.load_rows`; a picture picks its own experiment. A dot is a mean over seeds, its bar the 95 %
+interval of that mean (Student's t); of one seed there is no bar, and the line under the picture says so. Rows that differ in
+something the picture does not show are refused, so that no curve mixes two recipes, two data sets or two machines' encoders.
+What comes from a paper is drawn in a panel of its own, hollow, with its citation.
+
+Every function raises `DataError`, one line that says what is missing, if there is nothing to draw.
+"""
+
+import math
+from collections.abc import Iterable
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from tutorial_moco.errors import DataError
+from tutorial_moco.figures import COLOURS, TITLES, figure
+from tutorial_moco.results import (
+    Measure,
+    along,
+    by,
+    chance_top1,
+    field,
+    mean_and_interval,
+    of_experiment,
+    step_memory,
+    step_ms,
+    values,
+)
+
+ACCURACIES = {"knn_top1": "kNN", "linear_top1": "linear classifier"}
+PRETEXT, MLP, SUPERVISED, FAILED, GREY = "#D55E00", "#D55E00", "#000000", "#B03000", "#555555"
+DRIFT_COLOURS = ("#6DB6E8", "#0072B2", "#00304D")  # from a fast key encoder to a slow one
+MARKERS = {"moco": "o", "memory_bank": "s", "end_to_end": "^"}
+V1, V2 = "arXiv 1911.05722", "arXiv 2003.04297"
+
+# Linear top-1 on ImageNet, ResNet-50, percent. In Figure 3 the values at 65,536 and MoCo's at 4,096 are also in the text.
+PAPER_K = {
+    "moco": {256: 54.7, 512: 56.4, 1024: 57.3, 4096: 59.0, 16384: 60.4, 65536: 60.6},
+    "memory_bank": {256: 50.0, 512: 52.0, 1024: 54.1, 4096: 56.5, 16384: 57.8, 65536: 58.0},
+}
+PAPER_M = {0.0: None, 0.9: 55.2, 0.99: 57.8, 0.999: 59.0, 0.9999: 58.9}  # None: does not converge
+PAPER_TAU = {
+    "linear": {0.07: 60.6, 0.1: 60.7, 0.2: 59.0, 0.3: 58.2, 0.4: 57.2, 0.5: 56.4},
+    "mlp": {0.07: 62.9, 0.1: 64.9, 0.2: 66.2, 0.3: 65.7, 0.4: 65.0, 0.5: 64.3},
+}
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def accuracy_against_K(rows: list[dict]) -> Figure:
+    """Figure 3 at our scale: kNN and linear accuracy of the three mechanisms against K."""
+    rows = of_experiment(rows, "K")
+    lines = {name: along(alike, "K") for (name,), alike in by(rows, "mechanism").items()}
+    fig, Ks = figure(7.4, 3.5), sorted({row["K"] for row in rows})
+    for axes, (name, label) in zip(fig.subplots(1, 2, sharey=True), ACCURACIES.items(), strict=True):
+        for mechanism in (mechanism for mechanism in MARKERS if mechanism in lines):
+            style = {"color": COLOURS[mechanism], "marker": MARKERS[mechanism], "label": TITLES[mechanism]}
+            line(axes, lines[mechanism], field(name), **style)
+            for K, runs in lines[mechanism].items():
+                mark_failed(axes, K, runs, COLOURS[mechanism])
+        axes.set(xlabel="K, negatives of a query")
+        title(axes, label)
+        log_ticks(axes, Ks, [f"{K:,}" for K in Ks], base=2)
+    fig.axes[0].set_ylabel("test accuracy (%)")
+    legend_above(fig, fig.axes[0])
+    absent = [TITLES[name] for name in MARKERS if name not in lines]
+    more = [f"not measured yet: {', '.join(absent)}"] if absent else []
+    runs = [group for groups in lines.values() for group in groups.values()]
+    note(fig, runs, "end-to-end: batch of K + 1, learning rate scaled with it", *more)
+    return fig
+
+
+def paper_K() -> Figure:
+    """The paper's Figure 3, as far as its values are known: hollow dots are read off the plot, filled ones are in the text."""
+    fig = figure(4.6, 3.3)
+    axes = fig.add_subplot(xlabel="K, negatives of a query", ylabel="linear accuracy (%)")
+    title(axes, "The paper: ImageNet, ResNet-50")
+    for mechanism, points in PAPER_K.items():
+        told = [K for K in points if K == 65536 or (mechanism, K) == ("moco", 4096)]
+        style = {"color": COLOURS[mechanism], "marker": MARKERS[mechanism]}
+        axes.plot(*zip(*points.items(), strict=True), markerfacecolor="white", linewidth=1.2, **style)
+        axes.plot(told, [points[K] for K in told], linestyle="none", **style)
+        name_line(axes, TITLES[mechanism], 16384, points[16384] - 0.5, COLOURS[mechanism], ha="left", va="top")
+    text = "end-to-end: close to MoCo,\nends at K = 1,024 for want of memory"
+    axes.text(0.03, 0.96, text, color=COLOURS["end_to_end"], fontsize=8.5, va="top", transform=axes.transAxes)
+    axes.set_ylim(top=62.5)
+    log_ticks(axes, PAPER_K["moco"], [f"{K:,}" for K in PAPER_K["moco"]], base=2)
+    under(fig, f"{V1}, Figure 3; filled: also stated in its text, hollow: read off the plot")
+    return fig
+
+
+def accuracy_against_m(rows: list[dict]) -> Figure:
+    """Accuracy against the key encoder's momentum, a place for each m; the paper's table beside it."""
+    groups = along(of_experiment(rows, "m"), "m")
+    fig = figure(7.4, 3.6)
+    ours, paper = fig.subplots(1, 2, width_ratios=(7, 5))
+    for name, aside, style in (
+        ("linear_top1", 0.07, {"marker": "D", "markerfacecolor": "white", "label": "linear"}),
+        ("knn_top1", -0.07, {"marker": "o", "label": "kNN"}),
+    ):
+        places = {place + aside: runs for place, runs in enumerate(groups.values())}
+        line(ours, places, field(name), color=COLOURS["moco"], **style)
+    for place, runs in enumerate(groups.values()):
+        mark_failed(ours, place, runs)
+    ours.set_xticks(range(len(groups)), [f"{m:g}\n{averaged_over(m)}" for m in groups], fontsize=8)
+    ours.set(ylabel="test accuracy (%)", xlabel="m, and below it the steps it averages over, 1 / (1 - m)")
+    ours.set_xlim(-0.4, len(groups) - 0.6)
+    legend_above(fig, ours)
+    shown = [(place, accuracy) for place, accuracy in enumerate(PAPER_M.values()) if accuracy]
+    paper.plot(*zip(*shown, strict=True), color=COLOURS["moco"], marker="D", markerfacecolor="white", linewidth=1.2)
+    paper.text(0, 0.04, "does not converge", rotation=90, ha="center", color=FAILED, transform=paper.get_xaxis_transform())
+    paper.set_xticks(range(len(PAPER_M)), [f"{m:g}\n{averaged_over(m)}" for m in PAPER_M], fontsize=8)
+    paper.set(ylabel="linear accuracy (%)", xlabel="m, and 1 / (1 - m)", xlim=(-0.4, len(PAPER_M) - 0.6))
+    for axes, name in ((ours, "Here"), (paper, "The paper: ImageNet, K = 4,096")):
+        title(axes, name)
+        dress(axes)
+    note(fig, groups.values(), f"right: {V1}, section 4.1")
+    return fig
+
+
+def accuracy_against_temperature(rows: list[dict]) -> Figure:
+    """Accuracy against tau with the linear head of v1 and the MLP of v2; the table of the v2 paper beside it."""
+    rows = of_experiment(rows, "temperature")
+    lines = {head: along(alike, "temperature") for (head,), alike in by(rows, "head").items()}
+    fig = figure(8.2, 3.4)
+    styles = {
+        "linear": {"color": COLOURS["moco"], "marker": "o", "label": "linear head (v1)"},
+        "mlp": {"color": MLP, "marker": "s", "label": "MLP head (v2)"},
+    }
+    *ours, paper = fig.subplots(1, 3)
+    ours[1].sharey(ours[0])
+    for axes, (name, label) in zip(ours, ACCURACIES.items(), strict=True):
+        for head, groups in lines.items():
+            aside = 0.985 if head == "linear" else 1.015
+            line(axes, {tau * aside: runs for tau, runs in groups.items()}, field(name), **styles[head])
+            for tau, runs in groups.items():
+                mark_failed(axes, tau * aside, runs, styles[head]["color"])
+        axes.set(xlabel=r"temperature $\tau$")
+        title(axes, f"Here: {label}")
+        tau_ticks(axes, {row["temperature"] for row in rows})
+    ours[0].set_ylabel("test accuracy (%)")
+    for head, points in PAPER_TAU.items():
+        paper.plot(*zip(*points.items(), strict=True), markerfacecolor="white", linewidth=1.2, **styles[head])
+    paper.set(xlabel=r"temperature $\tau$")
+    title(paper, "The paper: linear classifier")
+    tau_ticks(paper, PAPER_TAU["mlp"])
+    legend_above(fig, ours[0])
+    note(fig, [runs for groups in lines.values() for runs in groups.values()], f'right: ImageNet, {V2}, "MLP head"')
+    return fig
+
+
+def shuffling_bn(rows: list[dict]) -> Figure:
+    """What is trained for beside what is wanted, for four ways to normalise: a leak lifts the first and not the second."""
+    groups = by(of_experiment(rows, "shuffling_bn"), "norm", "shuffle")
+    fig = figure(7.2, 0.55 * len(groups) + 1.5)
+    axes = fig.add_subplot(xlabel="accuracy (%)", xlim=(0, 105))
+    both = {
+        "final_pretext_accuracy": (PRETEXT, "s", "which key is mine?"),
+        "knn_top1": (COLOURS["moco"], "o", "which class is it? (kNN)"),
+    }
+    for row, runs in enumerate(groups.values()):
+        ends = sorted(mean_and_interval(found)[0] for name in both if (found := values(runs, field(name))))
+        axes.plot(ends, [row] * len(ends), color="#BBBBBB", linewidth=2.5, zorder=1)
+        for end, side, where in zip(ends, ("right", "left"), (-9, 9), strict=False):
+            style = {"textcoords": "offset points", "ha": side, "va": "center", "fontsize": 8.5}
+            axes.annotate(f"{end:.1f}", (end, row), (where, 0), **style)
+        for name, (colour, marker, label) in both.items():
+            dot(axes, row, values(runs, field(name)), color=colour, marker=marker, label=label if row == 0 else None)
+    axes.set_yticks(range(len(groups)), [norm_title(*key) for key in groups])
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    dress(axes, "x")
+    legend_above(fig, axes)
+    note(fig, groups.values(), "square: trained for, of the last logged batch; round: never trained for")
+    return fig
+
+
+def symmetric(rows: list[dict]) -> Figure:
+    """One view as query and one as key, or each as both: at equal epochs and at equal compute."""
+    groups = by(of_experiment(rows, "symmetric"), "symmetric", "epochs")
+    names = [f"{'symmetric' if both else 'asymmetric'},\n{epochs} epochs" for both, epochs in groups]
+    return bars(names, list(groups.values()), "a symmetric step encodes twice as much as an asymmetric one")
+
+
+def losses(rows: list[dict]) -> Figure:
+    """InfoNCE and NCE, each with a queue and with a bank."""
+    groups = by(of_experiment(rows, "loss"), "mechanism", "loss")
+    titles = {"info_nce": "InfoNCE", "nce": "NCE"}
+    return bars([f"{TITLES[name]},\n{titles[loss]}" for name, loss in groups], list(groups.values()))
+
+
+def data_size(rows: list[dict]) -> Figure:
+    """All images, a tenth of them, and a long-tailed draw, with as many images seen."""
+    groups = by(of_experiment(rows, "data_size"), "long_tail", "share")
+    names = []
+    for (long_tail, share), runs in groups.items():
+        what = "long tail" if long_tail else "all" if share == 1 else f"{100 * share:g} %"
+        names.append(f"{what}: {runs[0]['n']:,} images,\n{runs[0]['epochs']} times")
+    return bars(names, list(groups.values()), "equally many images seen")
+
+
+def cost(rows: list[dict]) -> Figure:
+    """What the steps need: memory and time against the batch and against K, and beside them the dictionary by its formula."""
+    rows = came_through(rows, "cost")
+    moco = [row for row in rows if row["mechanism"] == "moco"] or rows
+    middle = {name: sorted({row[name] for row in moco})[len({row[name] for row in moco}) // 2] for name in ("batch_size", "K")}
+    fig = figure(7.4, 5.6)
+    grid = fig.subplots(2, 2, sharex="col", sharey="row")
+    for column, (x, fixed) in enumerate((("batch_size", "K"), ("K", "batch_size"))):
+        for (name,), alike in by(rows, "mechanism").items():
+            lines = along([row for row in alike if is_at(row, fixed, middle[fixed])], x)
+            style = {"color": COLOURS[name], "marker": MARKERS[name], "label": TITLES[name]}
+            line(grid[0][column], lines, step_memory, **style)
+            line(grid[1][column], lines, step_ms, **style)
+            if x == "K" and name != "end_to_end":
+                formula = {K: runs[0]["dictionary_bytes_formula"] / 2**20 for K, runs in lines.items()}
+                grid[0][1].plot(*zip(*formula.items(), strict=True), ":", color=COLOURS[name], linewidth=1.6)
+                K, size = list(formula.items())[len(formula) // 2]
+                which, side = ("the queue", "top") if name == "moco" else ("the bank", "bottom")
+                name_line(grid[0][1], which, K, size, COLOURS[name], va=side)
+        for axes in grid[:, column]:
+            axes.set_yscale("log")
+            log_ticks(axes, (shown := sorted({row[x] for row in moco})), [f"{value:,}" for value in shown], base=2)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.yaxis.set_major_formatter("{x:,g}")
+    title(grid[0][0], f"K = {middle['K']:,}; end-to-end: batch - 1")
+    title(grid[0][1], f"batch of {middle['batch_size']:,}; end-to-end: K + 1")
+    grid[0][0].set(ylabel="memory of the steps (MiB)")
+    grid[1][0].set(ylabel="time of a step (ms)", xlabel="batch (images)")
+    grid[1][1].set(xlabel="K, negatives of a query")
+    legend_above(fig, grid[0][0])
+    sizes = by(rows, "mechanism", "batch_size", "K").values()
+    note(fig, sizes, "dotted: the dictionary, 4 bytes x C x K (bank: x n)")
+    return fig
+
+
+def drift(rows: list[dict]) -> Figure:
+    """Cosine of stored keys with the same view encoded now, against their age: the queue for each m, and the bank."""
+    rows = came_through(rows, "drift")
+    momenta = sorted({row["m"] for row in rows if row["mechanism"] == "moco"})
+    fig, ends = figure(7.2, 3.9), []
+    axes = fig.add_subplot(xlabel="age of a key (steps)", ylabel="cosine with its view encoded now", xscale="log")
+    groups = by(rows, "mechanism", "m")
+    for (mechanism, m), runs in groups.items():
+        queue = mechanism == "moco"
+        colour = DRIFT_COLOURS[momenta.index(m) % len(DRIFT_COLOURS)] if queue else COLOURS[mechanism]
+        for run in runs:  # seeds differ less than keys: a line and a pale band for each
+            ages, cosines, sds = ([point[name] for point in run["drift"]] for name in ("age", "cosine", "sd"))
+            axes.plot(ages, cosines, color=colour, linewidth=1.4, label=f"{mechanism} {m:g}")
+            low, high = ([cosine + sign * sd for cosine, sd in zip(cosines, sds, strict=True)] for sign in (-1, 1))
+            axes.fill_between(ages, low, high, color=colour, alpha=0.18 / len(runs), linewidth=0)
+        ends.append((f"queue, m = {m:g}" if queue else TITLES[mechanism], ages[-1], cosines[-1], colour))
+    axes.set_ylim(top=1.0)
+    axes.set_xlim(right=axes.get_xlim()[1] * 2.6)  # room for the names
+    for end in apart(axes, ends):
+        name_line(axes, *end)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    dress(axes)
+    under(
+        fig, f"line: mean over the keys of an age, one for each of {seeds_of(groups.values())}; band: their standard deviation"
+    )
+    return fig
+
+
+def scoreboard(rows: list[dict]) -> Figure:
+    """From guessing to labels: raw pixels, the untrained encoder, the mechanisms, and the same encoder trained with labels."""
+    places = score_groups(rows)
+    fig = figure(7.2, 0.5 * len(places) + 1.4)
+    axes = fig.add_subplot(xlabel="test accuracy (%)", xlim=(0, 100))
+    styles = {"knn_top1": ("o", None, "kNN", -0.13), "linear_top1": ("D", "white", "linear", 0.13)}
+    for row, (_, colour, runs) in enumerate(places):
+        told, left, right = [], 100.0, 0.0
+        for name, (marker, face, label, offset) in styles.items():
+            if found := values(runs, field(name)):
+                style = {"color": colour, "marker": marker, "markerfacecolor": face or colour}
+                end = dot(axes, row + offset, found, **style)
+                left, right = min(left, 2 * mean_and_interval(found)[0] - end), max(right, end)
+                told.append(f"{label} {mean_and_interval(found)[0]:.1f}")
+        mark_failed(axes, row, runs, across=True)
+        place = {"x": right + 1.5} if right < 75 else {"x": left - 1.5, "ha": "right"}
+        axes.text(**place, y=row, s=", ".join(told), fontsize=8.5, va="center")
+    if chance := chance_top1(rows):
+        axes.axvline(chance, linestyle="--", linewidth=1, color=GREY)
+        axes.text(chance + 0.8, -0.62, "chance", fontsize=8.5, color=GREY, va="center")
+    axes.set_yticks(range(len(places)), [name for name, _, _ in places])
+    axes.set_ylim(len(places) - 0.5, -0.9)
+    dress(axes, "x")
+    note(fig, [runs for name, _, runs in places if name != TITLES["pixels"]], "filled: kNN, hollow: linear")
+    return fig
+
+
+def score_groups(rows: list[dict]) -> list[tuple[str, str, list[dict]]]:
+    """What the scoreboard compares: (name, colour, rows), from the floor to the ceiling.
+
+    The mechanisms are those of experiment K with the recipe of the floor and the ceiling: MoCo and the bank with its K,
+    end-to-end with the batch nearest to its batch.
+    """
+    around = by(of_experiment(rows, "ceilings"), "mechanism")
+    base = next(iter(around.values()))[0]
+    same = ("encoder", "epochs", "data_hash")
+    runs = [row for row in rows if row["experiment"] == "K" and all(row[name] == base[name] for name in same)]
+    batches = {row["batch_size"] for row in runs if row["mechanism"] == "end_to_end"}
+    nearest = min(batches, key=lambda batch: abs(batch / base["batch_size"] - 1), default=None)
+    found = []
+    for name, title in (("pixels", TITLES["pixels"]), ("untrained", TITLES["untrained"])):
+        found.append((title, COLOURS[name], around.get((name,), [])))
+    for name in ("memory_bank", "end_to_end", "moco"):
+        at = {"batch_size": nearest} if name == "end_to_end" else {"K": base["K"]}
+        alike = [row for row in runs if row["mechanism"] == name and all(row[key] == value for key, value in at.items())]
+        found.append((f"{TITLES[name]}, K = {alike[0]['K']:,}" if alike else TITLES[name], COLOURS[name], alike))
+    found.append(("trained with labels", SUPERVISED, around.get(("supervised",), [])))
+    return [group for group in found if group[2]]
+
+
+# Parts of pictures ---------------------------------------------------------------------------------------------------
+
+
+def bars(names: list[str], groups: list[list[dict]], *more: str) -> Figure:
+    """Two bars for each group of rows, kNN solid and linear pale, with interval and value."""
+    fig = figure(7.2, 0.72 * len(groups) + 0.9)
+    axes = fig.add_subplot(xlabel="test accuracy (%)", xlim=(0, 100))
+    for row, runs in enumerate(groups):
+        for name, label, offset, alpha in (("knn_top1", "kNN", -0.19, 1.0), ("linear_top1", "linear", 0.19, 0.5)):
+            if found := values(runs, field(name)):
+                colour = COLOURS[runs[0]["mechanism"]]
+                axes.barh(row + offset, mean_and_interval(found)[0], 0.36, color=colour, alpha=alpha)
+                end = dot(axes, row + offset, found, color="black", marker="none")
+                axes.text(end + 1, row + offset, f"{mean_and_interval(found)[0]:.1f} {label}", va="center", fontsize=8.5)
+        mark_failed(axes, row, runs, across=True)
+    axes.set_yticks(range(len(groups)), names)
+    axes.set_ylim(len(groups) - 0.45, -0.55)
+    axes.spines[["top", "right"]].set_visible(False)
+    note(fig, groups, *more)
+    return fig
+
+
+def came_through(rows: Iterable[dict], experiment: str) -> list[dict]:
+    """The rows of an experiment that did not fail."""
+    rows = [row for row in of_experiment(rows, experiment) if row["failed"] is None]
+    if not rows:
+        raise DataError(f"no run of {experiment} came through: see the field failed of its rows")
+    return rows
+
+
+def line(axes: Axes, groups: dict[float, list[dict]], measure: Measure, **style) -> None:
+    """Means with their intervals, joined; where every run failed there is none."""
+    points = [(x, *mean_and_interval(found)) for x, rows in groups.items() if (found := values(rows, measure))]
+    if points:
+        x, means, halves = zip(*points, strict=True)
+        axes.errorbar(x, means, halves, capsize=2.5, markersize=5, linewidth=1.4, **style)
+
+
+def dot(axes: Axes, row: float, found: list[float], **style) -> float:
+    """A mean with its interval, lying; returns where it ends on the right."""
+    if not found:
+        return 0.0
+    mean, half = mean_and_interval(found)
+    axes.errorbar(mean, row, xerr=half, capsize=2.5, markersize=6, linestyle="none", **style)
+    return mean + (0.0 if math.isnan(half) else half)
+
+
+def mark_failed(axes: Axes, place: float, rows: list[dict], colour: str = FAILED, across: bool = False) -> None:
+    """Say at a place of the x axis, or of the y axis if ``across``, how many runs broke down there, if any did."""
+    failed = sum(row["failed"] is not None for row in rows)
+    if failed:
+        text = "failed" if failed == len(rows) else f"{failed} of {len(rows)} failed"
+        if across:
+            axes.text(0.01, place, text, color=colour, fontsize=8.5, va="center", transform=axes.get_yaxis_transform())
+        else:
+            style = {"color": colour, "fontsize": 8.5, "rotation": 90, "ha": "center", "va": "bottom"}
+            axes.text(place, 0.03, text, transform=axes.get_xaxis_transform(), **style)
+
+
+def is_at(row: dict, fixed: str, value: int) -> bool:
+    """Whether a row of the cost is in the panel of this K or batch. End-to-end has K from the batch, a bank at most n - 1."""
+    if row["mechanism"] == "end_to_end":
+        return True
+    return row[fixed] == (min(value, row["n"] - 1) if (row["mechanism"], fixed) == ("memory_bank", "K") else value)
+
+
+def averaged_over(m: float) -> str:
+    """1 / (1 - m), in steps."""
+    return "∞" if m == 1 else f"{1 / (1 - m):,.0f}"
+
+
+def norm_title(norm: str, shuffle: bool) -> str:
+    """What a setting of --norm and --shuffle does."""
+    kind, _, parts = norm.partition(":")
+    title = {"batch": "BatchNorm,\nwhole batch", "split": f"BatchNorm,\n{parts} parts", "group": "GroupNorm"}[kind]
+    return title + (", shuffled" if shuffle else "")
+
+
+def seeds_of(groups: Iterable[list[dict]]) -> str:
+    """How many seeds the groups have, in words: ``3 seeds``, ``1 to 3 seeds``."""
+    sizes = [len(rows) for rows in groups]
+    few, many = min(sizes), max(sizes)
+    return f"{few} to {many} seeds" if few < many else f"{many} seed{'s' * (many > 1)}"
+
+
+def note(fig: Figure, groups: Iterable[list[dict]], *more: str) -> None:
+    """The line under a picture: what the bars are, or that there are none."""
+    groups = list(groups)
+    single = all(len(rows) < 2 for rows in groups)
+    under(
+        fig,
+        "; ".join(["one seed, so no error bars" if single else f"error bars: 95 % intervals over {seeds_of(groups)}", *more]),
+    )
+
+
+def title(axes: Axes, text: str) -> None:
+    """The title of a panel."""
+    axes.set_title(text, fontsize=10.5)
+
+
+def under(fig: Figure, text: str) -> None:
+    """A small line under everything."""
+    fig.supxlabel(text, fontsize=8, color=GREY)
+
+
+def legend_above(fig: Figure, axes: Axes) -> None:
+    """One legend for all panels."""
+    handles, labels = axes.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncols=max(1, len(labels)), frameon=False, fontsize=9)
+
+
+def name_line(axes: Axes, text: str, x: float, y: float, colour: str, **place) -> None:
+    """A name beside the end of a line, in its colour."""
+    style = {"va": "center", "fontsize": 8.5, "color": colour} | place
+    axes.annotate(text, (x, y), (6, 0), textcoords="offset points", **style)
+
+
+def apart(axes: Axes, ends: list[tuple[str, float, float, str]], gap: float = 0.07) -> list[tuple[str, float, float, str]]:
+    """The ends (name, x, y, colour) of lines, moved up where the name below would touch; ``gap`` is a share of the height."""
+    low, high = axes.get_ylim()
+    moved, floor = [], low
+    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
+        floor = max(y, floor)
+        moved.append((name, x, floor, colour))
+        floor += gap * (high - low)
+    return moved
+
+
+def log_ticks(axes: Axes, places: Iterable[float], names: list[str], base: float = 10) -> None:
+    """A logarithmic x axis with ticks at these places only."""
+    axes.set_xscale("log", base=base)
+    axes.set_xticks(list(places), names, fontsize=8.5)
+    axes.minorticks_off()
+    dress(axes)
+
+
+def tau_ticks(axes: Axes, taus: Iterable[float]) -> None:
+    """tau on a logarithmic axis, without the zero before the point, for which there is no room."""
+    taus = sorted(taus)
+    log_ticks(axes, taus, [f"{tau:g}".removeprefix("0") for tau in taus])
+
+
+def dress(axes: Axes, which: str = "both") -> None:
+    """No frame above and on the right; a pale grid, of both axes or of one."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=which, alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
