@@ -15,6 +15,7 @@ from tutorial_moco.augment import plain_view
 from tutorial_moco.checkpoint import load_checkpoint, pack
 from tutorial_moco.errors import UsageError
 from tutorial_moco.images import ImageSet
+from tutorial_moco.losses import pretext_accuracy
 from tutorial_moco.recipes import RECIPES, Recipe
 
 CPU = torch.device("cpu")
@@ -449,3 +450,15 @@ def test_a_memory_bank_begins_with_a_key_of_each_image(n):
         expected = run.mechanism.encoder(plain_view(images.images))
     torch.testing.assert_close(run.mechanism.bank, expected, rtol=0, atol=1e-5)
     assert run.seconds > 0  # its time counts
+
+
+def test_the_logged_pretext_accuracy_is_against_the_queue_as_the_step_found_it():
+    """A moment later the queue holds the batch's own keys, and each query meets its key twice: at best a tie."""
+    images, recipe = random_images(64), BASE.replace(epochs=1, K=20)
+    run = training.start(recipe, images, torch.device("cpu"), torch.float32)
+    queue = run.mechanism.queue.clone()
+    epoch, index = next(training.batches(64, recipe, 0, run.device))
+    _, contrast = training.train_step(run, images.images[index], index, epoch)
+    expected = pretext_accuracy(contrast.q, contrast.k, queue)
+    assert expected > 0
+    assert train(recipe).losses[0]["pretext_accuracy"] == expected

@@ -50,6 +50,7 @@ class Run:
     seconds: float = 0.0  # of training; evaluation is not counted
     log_z: float | None = None  # NCE's normaliser, averaged over steps
     window: list[float] = field(default_factory=list)  # losses since the last point of the curve
+    pretext_accuracy: float = 0.0  # of the last step that `is_logged`
     losses: list[dict[str, float]] = field(default_factory=list)  # the curve, a point every LOG_EVERY steps
     monitor: list[dict[str, float]] = field(default_factory=list)  # the kNN during training
     peak_memory_bytes: int = 0
@@ -124,7 +125,7 @@ def pretrain(
             start_time = time.perf_counter()
             loss, contrast = train_step(run, images.index_select(0, index), index, epoch)
             run.window.append(loss)
-            if run.step % LOG_EVERY == 0 or run.step == 1:
+            if is_logged(run.step):
                 log(run, contrast, steps_of_epoch)
             synchronize(device)
             spent = time.perf_counter() - start_time
@@ -155,6 +156,8 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
         run.optimizer.zero_grad()
         loss.backward()
     run.optimizer.step()
+    if is_logged(run.step + 1):  # before the queue is written: it is what contrast.negatives looks at
+        run.pretext_accuracy = pretext_accuracy(*contrast)
     mechanism.update_key_encoder()
     mechanism.update_dictionary(contrast, index)
     run.step += 1
@@ -277,6 +280,11 @@ def resume(run: Run, out: Path) -> None:
 # Watching ------------------------------------------------------------------------------------------------------------
 
 
+def is_logged(step: int) -> bool:
+    """Whether the curve gets a point after this many steps."""
+    return step % LOG_EVERY == 0 or step == 1
+
+
 def log(run: Run, contrast: Contrast, steps_of_epoch: int) -> None:
     """Add a point to the loss curve: the mean loss since the last one, and the pretext accuracy of this batch."""
     loss = sum(run.window) / len(run.window)
@@ -284,7 +292,7 @@ def log(run: Run, contrast: Contrast, steps_of_epoch: int) -> None:
     filled = int(run.mechanism.filled) if isinstance(run.mechanism, MoCo) else 0
     run.losses.append({
         "step": run.step, "epoch": run.step / steps_of_epoch, "images_seen": run.images_seen, "seconds": run.seconds,
-        "loss": loss, "filled": filled, "pretext_accuracy": pretext_accuracy(*contrast), "K": _negatives_of_a_query(contrast),
+        "loss": loss, "filled": filled, "pretext_accuracy": run.pretext_accuracy, "K": _negatives_of_a_query(contrast),
     })  # fmt: skip
 
 
