@@ -1,6 +1,7 @@
 """Is everything here that the chapters need? Each answer is one line: [OK], or [FAIL] with what to do."""
 
 import importlib
+import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -75,7 +76,7 @@ def _images(data: str) -> tuple[bool, str]:
     from tutorial_moco.images import load_images
 
     try:
-        train = load_images(data, "train")
+        train = load_images(os.environ.get("TUTORIAL_MOCO_DATA", data), "train", progress=False)
     except DataError as error:
         return False, f"{error}. The chapters go on with images drawn by the program"
     return True, f"{train.name}: {len(train):,} training images of {train.images.shape[-1]} pixels"
