@@ -344,7 +344,7 @@ def run_curves(runs: dict[str, Run], levels: dict[str, float] | None = None) -> 
             points = getattr(run, record)
             marker, values = "osD^"[number] if axes is knn else None, [point[value] for point in points]
             if axes is pretext:  # of one batch each
-                values = [sum(values[max(0, i - 2) : i + 1]) / min(i + 1, 3) for i in range(len(values))]
+                values = _running_mean(values, 3)
             axes.plot([point["step"] for point in points], values, marker=marker, markersize=4, **style)
     for K in sorted({run.losses[-1]["K"] for run in runs.values() if run.losses}):
         _level(loss, math.log(K + 1), f"log({K:,} + 1)")
@@ -371,7 +371,8 @@ def momentum_live(curves: dict[float, list[tuple[int, float, float]]], K: int, s
     colours = (COLOURS["moco"], LOUD, COLOURS["end_to_end"], COLOURS["simclr"], COLOURS["memory_bank"])
     for (m, points), colour, dashes in zip(curves.items(), colours, ("-", "--", "-.", ":", "-"), strict=False):
         for axes, column in ((loss, 1), (pretext, 2)):
-            axes.plot([p[0] for p in points], [p[column] for p in points], dashes, color=colour, label=f"m = {m:g}")
+            values = _running_mean([point[column] for point in points], 5)
+            axes.plot([point[0] for point in points], values, dashes, color=colour, label=f"m = {m:g}")
     if not any(curves.values()):
         fig.text(0.5, 0.5, "press Run", ha="center", fontsize=12, color=GREY)
     _level(loss, math.log(K + 1), f"log({K:,} + 1)")
@@ -382,6 +383,10 @@ def momentum_live(curves: dict[float, list[tuple[int, float, float]]], K: int, s
         axes.set(xlabel="steps", xlim=(0, 1.02 * steps))
         _dressed(axes).title.set_fontsize(10)
     return fig
+
+
+def _running_mean(values: list[float], width: int) -> list[float]:
+    return [float(np.mean(values[max(0, i - width + 1) : i + 1])) for i in range(len(values))]
 
 
 def _level(axes: Axes, height: float, text: str) -> None:
