@@ -93,8 +93,13 @@ def load(data: str) -> tuple[ImageSet, ImageSet]:
 
 
 def find(rows: list[dict], job: Job, data: str, experiment: str | None = None) -> dict | None:
-    """The row of this job in this experiment, or in any. A setting that a row does not name had its default then."""
+    """The row of this job in this experiment, or in any. A setting that a row does not name had its default then.
+
+    The images of ``check`` are drawn by code, and another processor rounds some of their pixels differently: any will do.
+    """
     wanted, defaults = job.identity(images_of(job, data)[0].hash), asdict(Recipe())
+    if job.kind == "check":
+        del wanted["data_hash"]
     for row in rows:
         if experiment in (None, row["experiment"]) and all(row.get(k, defaults.get(k)) == v for k, v in wanted.items()):
             return row

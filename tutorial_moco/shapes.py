@@ -91,7 +91,8 @@ def draw_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor, dict
 
     Args:
         n: number of images, at least 1.
-        seed: the same (n, seed, size) gives the same bytes; another seed gives other images.
+        seed: the same (n, seed, size) gives the same bytes on the same processor (another kind may round a few pixels
+            differently); another seed gives other images.
         size: height and width in pixels, at least 16; objects and textures grow with it.
 
     Returns:
