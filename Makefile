@@ -2,13 +2,14 @@
 # make test   set up and run every test
 # make lab    set up and open JupyterLab
 # make notebooks  run the chapters and write their outputs
+# make book   make the chapters, with the outputs they have, a book: build/book/html/index.html
 # make bench  set up and measure the training speed beside the usual way, lightly, and the limit
 # make study  set up and measure the paper's claims: hours; stop it at any time, the same command goes on
 # make figures  draw every picture of the study and write docs/RESULTS.md, from the rows in data/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test lab bench study figures notebooks lint clean
+.PHONY: demo test lab bench study figures notebooks book lint clean
 
 demo: $(VENV)/ready-demo
 	$(BIN)/tutorial-moco compare --data shapes --minutes 0.8
@@ -36,10 +37,14 @@ figures: $(VENV)/ready-demo
 notebooks: $(VENV)/ready-notebooks
 	$(BIN)/python book/execute.py
 
+book: $(VENV)/ready-book
+	$(BIN)/python book/build.py
+
 # One environment; each command adds what it needs, and again when pyproject.toml has changed.
 $(VENV)/ready-demo: EXTRAS =
-$(VENV)/ready-test: EXTRAS = [notebooks,test]
+$(VENV)/ready-test: EXTRAS = [notebooks,book,test]
 $(VENV)/ready-notebooks: EXTRAS = [notebooks]
+$(VENV)/ready-book: EXTRAS = [notebooks,book]
 $(VENV)/ready-benchmarks: EXTRAS = [benchmarks]
 $(VENV)/ready-%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

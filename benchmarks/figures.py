@@ -1,6 +1,6 @@
 """The study's pictures and docs/RESULTS.md, drawn and written anew from the rows: ``python -m benchmarks.figures``.
 
-The same rows give the same page, byte for byte. What is claimed and how a verdict is come to: `benchmarks.claims`.
+The same rows give the same page, byte for byte. What is claimed and how a verdict is come to: `tutorial_moco.claims`.
 """
 
 import math
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from benchmarks.claims import CAME_OUT, DID_NOT, MEASURES, SECTIONS, TOO_SMALL, VERDICTS, Finding, Section, findings
+from tutorial_moco.claims import CAME_OUT, DID_NOT, MEASURES, SECTIONS, TOO_SMALL, VERDICTS, Finding, Section, findings
 from tutorial_moco.cli import parse, write_file
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.report import png

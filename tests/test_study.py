@@ -69,7 +69,7 @@ def test_the_other_experiments_have_the_values_of_the_issue(planned, base):
     assert values(planned["m"], "m") == [(m,) for m in (0, 0.5, 0.9, 0.99, 0.999, 0.9999, 1)]
     taus = (0.05, 0.07, 0.1, 0.2, 0.3, 0.5)
     assert set(values(planned["temperature"], "temperature", "head")) == {(t, h) for t in taus for h in ("linear", "mlp")}
-    norms = [("batch", False), ("split:8", False), ("split:8", True), ("group", False)]
+    norms = [("batch", False), ("split:32", False), ("split:32", True), ("group", False)]
     assert values(planned["shuffling_bn"], "norm", "shuffle") == norms
     E = base.epochs
     assert values(planned["symmetric"], "symmetric", "epochs") == [(False, E), (True, E), (False, 2 * E)]

@@ -20,6 +20,7 @@ M_COLOURS = {0.0: "#D55E00", 0.5: "#CC79A7", 0.9: "#6DB6E8", 0.99: "#0072B2", 0.
 NEW, RANDOM, GREY = "#D55E00", "#BBBBBB", "#555555"
 DATA = {"CIFAR-10": 50_000, "ImageNet": 1_281_167}  # images to train on
 C = 128  # numbers in a key
+AGE_BIN = 8  # steps
 
 # Loss of the official notebook's run on CIFAR-10 (facebookresearch/moco, moco_cifar10_demo): ResNet-18, batch 512, K 4,096.
 OFFICIAL_K, OFFICIAL_LOSS = 4096, {
@@ -64,7 +65,11 @@ def ring(ages: Tensor, pointer: int, title: str = "") -> Figure:
         "", (0.83 * x[pointer], 0.83 * y[pointer]), (0, 0), arrowprops={"arrowstyle": "-|>", "color": "black", "linewidth": 1.6}
     )
     circle.text(
-        0, -0.28, f"pointer: place {pointer}", ha="center", fontsize=8.5, bbox={"facecolor": "white", "edgecolor": "none"}
+        0,
+        -0.3 if y[pointer] > 0 else 0.22,  # on the side that the arrow leaves free
+        f"pointer: place {pointer}",
+        ha="center",
+        fontsize=8.5,
     )
     circle.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
     circle.set_axis_off()
@@ -73,6 +78,16 @@ def ring(ages: Tensor, pointer: int, title: str = "") -> Figure:
         np.flatnonzero(ages < 0), [0] * int((ages < 0).sum()), "x", color=GREY, markersize=4, label="random, never written"
     )
     bars.axvline(pointer - 0.5, color="black", linewidth=1.2, linestyle=":")
+    right = pointer > K / 2
+    bars.text(
+        pointer - 0.5,
+        1.0,
+        "pointer " if right else " pointer",
+        fontsize=8,
+        ha="right" if right else "left",
+        va="bottom",
+        transform=bars.get_xaxis_transform(),
+    )
     bars.set(xlim=(-0.6, K - 0.4), ylim=(-0.3, max(4, ages.max()) * 1.18))
     _label(bars, "place in the queue", "age of its key (steps)")
     if (ages < 0).any():
@@ -164,13 +179,17 @@ def room(K: int, batch: int, data: str) -> Figure:
     memory.text(1400, 0.3, "queue: 4 bytes · C · K", fontsize=8, color=COLOURS["moco"])
     if data == "ImageNet":
         memory.plot([256, 4096], [7.4e3, 93e3], "^--", color=COLOURS["end_to_end"], markerfacecolor="white", linewidth=1)
-        memory.text(4900, 5.5e4, "end-to-end, whole\ntraining, a GPU*", fontsize=7.5, color="#00664A", va="center")
+        memory.text(4900, 5.5e4, "end-to-end, whole\ntraining, per GPU*", fontsize=7.5, color="#00664A", va="center")
         fig.text(
             0.02, 0.015, "* arXiv 2003.04297, Table 3: batch 256 and, estimated there, 4,096, on 8 GPUs", fontsize=7, color=GREY
         )
     _label(memory, "K, keys in the dictionary", "memory (MiB)")
     oldest, epoch = math.ceil(K / batch), n // batch
-    rows = (("end_to_end", 0.55, "now"), ("moco", oldest, f"1 to {oldest:,}"), ("memory_bank", epoch, f"about {epoch:,}"))
+    rows = (
+        ("end_to_end", 0.55, "now"),
+        ("moco", oldest, f"1 to {oldest:,}" if oldest > 1 else "1"),
+        ("memory_bank", 2 * epoch, f"up to about {2 * epoch:,}"),
+    )
     for row, (name, end, text) in enumerate(rows):
         age.barh(row, end - 0.5, left=0.5, height=0.5, color=COLOURS[name])
         age.text(max(end, 0.6) * 1.15, row, text, va="center", fontsize=8.5)
@@ -180,7 +199,8 @@ def room(K: int, batch: int, data: str) -> Figure:
     age.set_yticks(range(3), [TITLES[name] for name, _, _ in rows])
     _ticks(age.xaxis, (1, 10, 100, 1000, 10_000, 100_000))
     _label(age, "age of the keys (steps)", None)
-    text = f"{data}: a queue of {K:,} keys takes {K * C * 4 / 2**20:g} MiB, its oldest key is {oldest:,} steps old"
+    steps = f"{oldest:,} step{'s' * (oldest > 1)}"
+    text = f"{data}: a queue of {K:,} keys takes {K * C * 4 / 2**20:g} MiB, its oldest key is {steps} old"
     more = f"; each image is in it {K / n:.1f} times" if n < K else ""
     fig.text(0.5, 0.93, text + more, ha="center", fontsize=9.5)
     return fig
@@ -193,6 +213,9 @@ def own_keys(shares: dict[int, float], n: int) -> Figure:
     axes.plot(shares.keys(), [100 * share for share in shares.values()], "o-", color=COLOURS["moco"], markersize=5)
     axes.axvline(n, color="black", linestyle=":", linewidth=1)
     axes.text(n * 0.96, 60, "K = n", ha="right", fontsize=8.5)
+    for K, share in shares.items():
+        if share < 0.5:
+            axes.annotate(f"{100 * share:.1f}", (K, 100 * share), (0, 6), textcoords="offset points", ha="center", fontsize=8)
     axes.set(xscale="log", ylim=(-4, 104))
     _ticks(axes.xaxis, list(shares))
     _label(axes, "K, keys in the queue", "queries with their own\nimage in the queue (%)")
@@ -209,7 +232,7 @@ def filter_response(path: Tensor, followed: Tensor, m: float) -> Figure:
         path: (T,), a weight of the query encoder over T steps. followed: (T,), the same after the filter.
     """
     fig = _bare(7.4, 3.1)
-    answer, walk = fig.add_axes((0.08, 0.17, 0.39, 0.66)), fig.add_axes((0.56, 0.17, 0.42, 0.66))
+    answer, walk = fig.add_axes((0.08, 0.17, 0.39, 0.66)), fig.add_axes((0.57, 0.17, 0.41, 0.66))
     t = np.geomspace(1, 1e5, 160)
     answer.plot(t, 1 - m**t, color=COLOURS["moco"], linewidth=2)
     answer.set(xscale="log", xlim=(1, 1e5), ylim=(-0.03, 1.05))
@@ -220,7 +243,7 @@ def filter_response(path: Tensor, followed: Tensor, m: float) -> Figure:
     half = {0.0: "at once", 1.0: "never"}.get(m)
     if half is None:
         steps = math.log(0.5) / math.log(m)
-        half = f"after {steps:,.0f} steps" if steps >= 1.5 else f"after {steps:.1f} steps"
+        half = f"after {steps:,.0f} steps" if steps >= 1.5 else f"after {steps:.1g} step"
         answer.plot([max(steps, 1)], [0.5 if steps >= 1 else 1 - m], "o", color=NEW, markersize=7, zorder=3)
     answer.axhline(0.5, color=RANDOM, linewidth=0.8, linestyle=":")
     _label(answer, "steps since f_q jumped from 0 to 1", "where f_k stands")
@@ -229,7 +252,7 @@ def filter_response(path: Tensor, followed: Tensor, m: float) -> Figure:
     spread = float(path.max() - path.min()) or 1.0
     walk.set_ylim(float(path.min()) - 0.05 * spread, float(path.max()) + 0.25 * spread)
     walk.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
-    _label(walk, "step", None)
+    _label(walk, "step", "value of the weight")
     fig.text(0.5, 0.92, f"m = {m:g}: half of the way {half}", ha="center", fontsize=10.5)
     return fig
 
@@ -359,7 +382,8 @@ def age_histograms(ages: dict[str, Tensor]) -> Figure:
     """
     fig = figure(6.6, 2.9)
     axes = fig.add_subplot()
-    edges = np.linspace(0, max(float(found.float().quantile(0.995)) for found in ages.values()) * 1.02, 50)
+    oldest = max(int(found.max()) for found in ages.values())
+    edges = np.arange(0, oldest + AGE_BIN, AGE_BIN) + 0.5  # whole ages in each bin, and as many in every one
     for name, found in ages.items():
         share = 100 * np.histogram(found.numpy(), edges)[0] / len(found)
         axes.stairs(
@@ -368,7 +392,7 @@ def age_histograms(ages: dict[str, Tensor]) -> Figure:
             fill=True,
             alpha=0.75,
             color=COLOURS[name],
-            label=f"{TITLES[name]}: mean {found.float().mean():.0f} steps",
+            label=f"{TITLES[name]}: mean {found.float().mean():.1f} steps",
         )
     axes.legend(frameon=False, fontsize=8.5)
     _label(axes, "age of a key (steps)", "share of the keys (%)")

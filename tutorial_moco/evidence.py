@@ -25,6 +25,7 @@ from tutorial_moco.results import (
     field,
     mean_and_interval,
     of_experiment,
+    pretext_accuracy,
     step_memory,
     step_ms,
     values,
@@ -158,22 +159,22 @@ def shuffling_bn(rows: list[dict]) -> Figure:
     fig = figure(7.2, 0.55 * len(groups) + 1.5)
     axes = fig.add_subplot(xlabel="accuracy (%)", xlim=(0, 105))
     both = {
-        "final_pretext_accuracy": (PRETEXT, "s", "which key is mine?"),
-        "knn_top1": (COLOURS["moco"], "o", "which class is it? (kNN)"),
+        pretext_accuracy: (PRETEXT, "s", "which key is mine?"),
+        field("knn_top1"): (COLOURS["moco"], "o", "which class is it? (kNN)"),
     }
     for row, runs in enumerate(groups.values()):
-        ends = sorted(mean_and_interval(found)[0] for name in both if (found := values(runs, field(name))))
+        ends = sorted(mean_and_interval(found)[0] for measure in both if (found := values(runs, measure)))
         axes.plot(ends, [row] * len(ends), color="#BBBBBB", linewidth=2.5, zorder=1)
         for end, side, where in zip(ends, ("right", "left"), (-9, 9), strict=False):
             style = {"textcoords": "offset points", "ha": side, "va": "center", "fontsize": 8.5}
             axes.annotate(f"{end:.1f}", (end, row), (where, 0), **style)
-        for name, (colour, marker, label) in both.items():
-            dot(axes, row, values(runs, field(name)), color=colour, marker=marker, label=label if row == 0 else None)
+        for measure, (colour, marker, label) in both.items():
+            dot(axes, row, values(runs, measure), color=colour, marker=marker, label=label if row == 0 else None)
     axes.set_yticks(range(len(groups)), [norm_title(*key) for key in groups])
     axes.set_ylim(len(groups) - 0.4, -0.6)
     dress(axes, "x")
     legend_above(fig, axes)
-    note(fig, groups.values(), "square: trained for, of the last logged batch; round: never trained for")
+    note(fig, groups.values(), "square: trained for, mean of the last ten logged batches; round: never trained for")
     return fig
 
 

@@ -235,8 +235,7 @@ def leak(similarity: Tensor, parts: int, shuffled: bool) -> Figure:
     }
     fig = _bare(7.2, 3.5)
     axes, bars = fig.add_axes((0.04, 0.08, 0.40, 0.82)), fig.add_axes((0.63, 0.17, 0.34, 0.73))
-    low, high = np.quantile(similarity[~own].numpy(), (0.02, 0.995))
-    axes.imshow(similarity.numpy(), cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
+    axes.imshow(similarity.numpy(), cmap="cividis", vmin=-1, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel("keys of the batch, in order", fontsize=9)
     axes.set_ylabel("queries, in the same order", fontsize=9)
@@ -249,10 +248,10 @@ def leak(similarity: Tensor, parts: int, shuffled: bool) -> Figure:
         else:
             bars.text(0.03, row, "none: there is one part", va="center", fontsize=8.5, color=GREY)
     bars.axvline(0, color=GREY, linewidth=0.8)
-    bars.set(xlim=(-0.3, 1.2), ylim=(2.6, -0.6))
+    bars.set(xlim=(-1.05, 1.3), ylim=(2.6, -0.6))
     bars.yaxis.set_major_locator(FixedLocator(range(3)))
     bars.set_yticklabels(groups, fontsize=9)
-    _ticks(bars.xaxis, (0, 0.5, 1))
+    _ticks(bars.xaxis, (-1, -0.5, 0, 0.5, 1))
     bars.set_xlabel("mean cosine of queries and keys", fontsize=9)
     bars.set_title(f"{parts} part{'s' * (parts > 1)}, keys {'' if shuffled else 'not '}shuffled", fontsize=9.5)
     bars.spines[["top", "right", "left"]].set_visible(False)

@@ -101,6 +101,11 @@ def field(name: str) -> Measure:
     return lambda row: row[name]
 
 
+def pretext_accuracy(row: dict) -> float | None:
+    """Share of own keys found at the end, in percent: the mean of the last ten batches that were logged."""
+    return None if row["failed"] else mean(point["pretext_accuracy"] for point in row["losses"][-10:])
+
+
 def step_memory(row: dict) -> float | None:
     """MiB that the steps took beyond what the process, dictionary and all, held before them; of a row of ``cost``."""
     return None if row["failed"] else (row["peak_memory_bytes"] - row["memory_before_bytes"]) / 2**20

@@ -1,11 +1,13 @@
 """Pictures of a look-up: a query beside its keys, and what the temperature makes of their similarities."""
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from tutorial_moco.figures import COLOURS, denormalise, figure
 
 OWN, OTHER = "#D55E00", COLOURS["moco"]
+HARDEST = 5  # negatives whose share of the push is told
 
 
 def look_up(query: Tensor, keys: Tensor, similarities: Tensor, own: Tensor) -> Figure:
@@ -50,13 +52,14 @@ def temperature(q: Tensor, k: Tensor, query: int, tau: float) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     fig.axes[0].set_ylim(min(-0.1, similarity.min().item()), 1)
     fig.axes[1].set_ylim(0, 1)
-    others = p.sum() - p[query]
-    hardest = p[order[:6]].sum() - (p[query] if own < 6 else 0)
-    share = 100 * hardest / others.clamp(min=1e-12)
+    hardest = push.topk(min(HARDEST, len(push))).values.sum() / push.sum().clamp(min=torch.finfo(push.dtype).tiny)
     fig.suptitle(
-        f"τ = {tau:g}: own key p = {p[query]:.3f} (orange); the hardest few negatives take {share:.0f} % of the push",
+        f"τ = {tau:g}: own key p = {p[query]:.3f} (orange); "
+        f"the {HARDEST} hardest negatives take {100 * hardest:.0f} % of the push",
         fontsize=10,
     )
+    fig.axes[2].ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useOffset=False)
+    fig.axes[2].yaxis.get_offset_text().set(fontsize=8, x=-0.28)  # beside the title, not under it
     return fig
 
 
