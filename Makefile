@@ -16,7 +16,8 @@ demo: $(VENV)/ready-demo
 
 test: $(VENV)/ready-test lint
 	$(BIN)/python -m pytest
-	PYTHONPATH=tests/offline $(BIN)/python -m pytest --nbval-lax notebooks
+	PYTHONPATH=tests/offline $(BIN)/python tests/solved.py build/solved
+	PYTHONPATH=tests/offline $(BIN)/python -m pytest --nbval build/solved
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

@@ -40,12 +40,13 @@ def picture(output: nbformat.NotebookNode) -> str:
     if not frames:
         return f'<figure class="picture">{image}</figure>'
     name, values, start = html.escape(frames["control"]), frames["values"], frames["start"]
-    others = "".join(f", {html.escape(str(k))} = {html.escape(str(v))}" for k, v in frames.get("others", {}).items())
+    others = "".join(f", with {html.escape(other)} = {html.escape(value)}" for other, value in frames["others"].items())
+    slider = f'<input type="range" name="{name}" min="0" max="{len(values) - 1}" value="{start}" disabled>'
+    pictures = json.dumps({"values": values, "pictures": frames["pictures"]})
     return (
-        f'<figure class="frames"><label>{name} <input type="range" min="0" max="{len(values) - 1}" value="{start}" disabled>'
-        f"<output>{html.escape(values[start])}</output></label>{image}"
-        f"<p>Moves without a kernel{others}. In Jupyter all its controls are live.</p>"
-        f'<script type="application/json">{json.dumps({"values": values, "pictures": frames["pictures"]})}</script></figure>'
+        f'<figure class="frames"><label>{name} {slider}<output>{html.escape(values[start])}</output></label>{image}'
+        f"<p>Moves without a kernel{others}. In Jupyter every control is live.</p>"
+        f'<script type="application/json">{pictures}</script></figure>'
     )
 
 

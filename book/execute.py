@@ -41,9 +41,14 @@ def strip(book: nbformat.NotebookNode) -> None:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if not is_bar(output)]
             for output in cell.outputs:
                 output.get("data", {}).pop(WIDGET, None)
-            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
+
+
+def is_bar(output: nbformat.NotebookNode) -> bool:
+    """A widget without a picture beside it: a progress bar, which would stand at 0 % for ever."""
+    return WIDGET in output.get("data", {}) and "image/png" not in output.data
 
 
 def complain(path: Path, text: str) -> None:

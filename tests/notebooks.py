@@ -1,8 +1,7 @@
-"""What tests need of a notebook: its functions without its runs, and the solutions that its text gives."""
+"""What tests need of a notebook: its cells, and its functions without its runs."""
 
 import ast
 import json
-import re
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -32,10 +31,3 @@ def functions_of(name: str) -> dict[str, object]:
     namespace: dict[str, object] = {"__name__": name}
     exec(compile(ast.Module(kept, []), name, "exec"), namespace)
     return namespace
-
-
-def solutions_of(name: str) -> list[str]:
-    """The code in the notebook's folded solutions, in order."""
-    text = "\n".join(cells(name, "markdown"))
-    folded = re.findall(r"<details><summary>Solution.*?</details>", text, re.S)
-    return [code for part in folded for code in re.findall(r"```python\n(.*?)```", part, re.S)]

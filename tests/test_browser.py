@@ -5,6 +5,7 @@ Screenshots of what was seen go to build/screenshots/, to be looked at. Latencie
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -140,3 +141,43 @@ def test_a_chapter_in_jupyterlab(page, lab):
     page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     page.wait_for_timeout(1500)
     page.screenshot(path=SCREENSHOTS / "lab-dark.png")
+
+
+@pytest.mark.parametrize(("chapter", "name"), [("01_dictionary_lookup", "tau"), ("03_the_momentum_encoder", "m")])
+def test_a_slider_in_the_book(page, html, chapter, name):
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((html / f"{chapter}.html").as_uri())
+    figure = page.locator("figure.frames", has=page.locator(f"input[name={name}]")).first
+    slider, image = figure.locator("input"), figure.locator("img")
+    slider.scroll_into_view_if_needed()
+    before = image.get_attribute("src")
+    page.evaluate(WATCH, [image.element_handle(), figure.locator("output").element_handle()])
+    box = slider.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] / 2, middle)
+    page.mouse.down()
+    for share in (0.7, 0.85, 0.98, 0.6, 0.4, 0.2, 0.02):
+        page.mouse.move(box["x"] + share * box["width"], middle, steps=2)
+        page.wait_for_timeout(150)
+    page.mouse.up()
+    page.screenshot(path=SCREENSHOTS / f"book-{name}.png")
+    assert image.get_attribute("src") != before
+    tell(f"the book, slider {name}", image.evaluate("image => image.seen"))
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+def test_the_book_can_be_searched_and_is_readable_in_the_dark(browser, html):
+    context = browser.new_context(color_scheme="dark", viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.goto((html / "index.html").as_uri())
+    page.fill("input.sidebar-search", "staleness")
+    page.press("input.sidebar-search", "Enter")
+    page.wait_for_selector("#search-results li a")
+    assert "03 The momentum encoder" in page.inner_text("#search-results")
+    ink, ground = (page.evaluate(f"() => getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+    assert sum(map(int, re.findall(r"\d+", ink)[:3])) > 400 > 150 > sum(map(int, re.findall(r"\d+", ground)[:3]))
+    page.goto((html / "01_dictionary_lookup.html").as_uri())
+    page.locator(".formula").first.scroll_into_view_if_needed()
+    page.screenshot(path=SCREENSHOTS / "book-dark.png")
+    context.close()

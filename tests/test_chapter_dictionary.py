@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from scipy.signal import lfilter
 
-from notebooks import cells, functions_of, solutions_of
+from notebooks import cells, functions_of
 from tutorial_moco import dictionary_figures
 from tutorial_moco.checks import check_enqueue, check_momentum_update
 from tutorial_moco.diagnose import key_drift
@@ -146,17 +146,6 @@ def test_the_runs_of_chapter_03_are_the_packages(momentum_book, images):
     direct = [train_step(run, images.images[i], i, e)[0] for e, i in islice(batches(96, RECIPE, 0, CPU), 4)]
     assert [point["loss"] for point in points] == direct
     assert points[0]["pretext"] > 90  # against random vectors, the own key not among them
-
-
-# Solutions -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "count"), [(QUEUE, 3), (MOMENTUM, 4)])
-def test_every_solution_runs_and_passes(name, count, queue_book, momentum_book):
-    book, codes = {QUEUE: queue_book, MOMENTUM: momentum_book}[name], solutions_of(name)
-    assert len(codes) == count
-    for code in codes:
-        exec(compile(code, name, "exec"), book)
 
 
 # Sliders -------------------------------------------------------------------------------------------------------------

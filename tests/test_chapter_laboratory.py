@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from notebooks import functions_of, solutions_of
+from notebooks import functions_of
 from tutorial_moco import breakages, evaluate, feature_figures, losses
 from tutorial_moco.breakages import BREAKAGES, HEALTHY, SYMPTOMS, train
 from tutorial_moco.checks import CheckFailed
@@ -167,24 +167,6 @@ def knn_mutant(*, normalise=True, weight=torch.exp, divide=True, largest=True, s
 def test_each_mistake_is_named(check, mutant, named):
     with pytest.raises(CheckFailed, match=named):
         check(mutant)
-
-
-# Solutions -----------------------------------------------------------------------------------------------------------
-
-
-def test_there_is_a_solution_for_each_exercise():
-    assert len(solutions_of(LEARNED)) == 3
-    assert len(solutions_of(LABORATORY)) == 3
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_solutions_of_chapter_06_run(number, learned):
-    exec(solutions_of(LEARNED)[number], dict(learned))
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_solutions_of_chapter_07_run(number, laboratory):
-    exec(solutions_of(LABORATORY)[number], dict(laboratory))
 
 
 # Breakages -----------------------------------------------------------------------------------------------------------
@@ -392,8 +374,10 @@ def test_other_pictures_show_what_they_were_given(few, few_test):
 
 def test_the_live_run_draws_from_the_first_moment_to_the_last(laboratory):
     shares = []
+    laboratory["curves"] = {}  # runs from before, drawn as well
     for share, fig in laboratory["watch"](0.9):
         shares.append(share)
         assert len(png(fig, DPI)) > 5000
-        assert len(fig.axes[0].lines[0].get_xdata()) == 20 * share
+        if share:
+            assert len(fig.axes[0].lines[0].get_xdata()) == 20 * share
     assert shares == [0.0, 0.5, 1.0]

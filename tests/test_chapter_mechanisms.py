@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from test_mechanisms import CPU, random_images, tiny_run
 from test_mechanisms import two_views as random_views
 
-from notebooks import functions_of, solutions_of
+from notebooks import functions_of
 from tutorial_moco import algorithm, mechanism_figures
 from tutorial_moco import pretrain as training
 from tutorial_moco.augment import two_views
@@ -108,38 +108,6 @@ def test_end_to_end_keeps_twice_what_moco_keeps(five):
     encoder = build_encoder("tiny", dim=8)
     both, one = (five["kept_bytes"](lambda m=m: m.contrast(*views, index)) for m in (EndToEnd(encoder), MoCo(encoder, 16)))
     assert both / one == pytest.approx(2, abs=0.1)
-
-
-# ---- solutions
-
-
-def test_every_solution_of_chapter_04_runs_and_passes(four, capsys):
-    moco = tiny_run(K=40, batch_size=16).mechanism
-    view_q, view_k = random_views(16)
-    names = dict(four) | {
-        "moco": moco, "encoder": moco.encoder.eval(), "queue": moco.queue, "view_q": view_q, "view_k": view_k,
-        "index": torch.arange(16), "order": training.permutation(16, 0, 0),
-    }  # fmt: skip
-    solutions = solutions_of(FOUR)
-    for code in solutions:
-        exec(code, names)
-    said = capsys.readouterr().out
-    assert said.count("[OK]") == 2
-    assert len(solutions) == 5
-    assert "pointer" in said
-
-
-def test_every_solution_of_chapter_05_runs_and_passes(five, capsys):
-    encoder, index = build_encoder("tiny"), torch.arange(16)
-    names = dict(five) | {
-        "three": (EndToEnd(encoder), MemoryBank(encoder, 64, 20), MoCo(encoder, 20)), "views": random_views(16), "index": index,
-        "views_kept": {"ResNet-50, 224 px": 9e7},
-    }  # fmt: skip
-    solutions = solutions_of(FIVE)
-    for code in solutions:
-        exec(code, names)
-    assert len(solutions) == 3
-    assert "['end-to-end', 'memory bank', 'MoCo']" in capsys.readouterr().out
 
 
 # ---- rung one
@@ -239,12 +207,10 @@ def test_the_faded_step_shows_each_gap_once():
     assert all(text.count(f"[{gap}]") == 1 for gap in algorithm.SOLUTION)
 
 
-def test_side_by_side_marks_what_is_not_shared():
+def test_side_by_side_shows_the_code_itself():
     text = algorithm.side_by_side("update_key_encoder", EndToEnd, MemoryBank, MoCo)
-    assert ">   torch._foreach_lerp_(keys, queries, 1 - self.m)" in text
+    assert "    torch._foreach_lerp_(keys, queries, 1 - self.m)" in text
     assert text.count("pass") == 2
-    alike = algorithm.side_by_side("update_key_encoder", EndToEnd, SimCLR)
-    assert ">" not in alike
     for kind in (EndToEnd, MemoryBank, MoCo):
         assert f"{kind.__name__}.contrast" in algorithm.side_by_side("contrast", EndToEnd, MemoryBank, MoCo)
 

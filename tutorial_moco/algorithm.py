@@ -242,14 +242,10 @@ def _first_difference(found: list[dict[str, Tensor]], expected: list[dict[str, T
 
 
 def side_by_side(method: str, *classes: type) -> str:
-    """The bodies of one method in several classes, as text. A line of code that not all of them have is marked with >."""
-    bodies = {kind.__name__: _body(getattr(kind, method)) for kind in classes}
-    shared = set.intersection(*({_code(line) for line in body} for body in bodies.values()))
-    blocks = [
-        "\n".join([f"{name}.{method}", *(f"{'  ' if _code(line) in shared else '> '}  {line}" for line in body)])
-        for name, body in bodies.items()
-    ]
-    return "\n\n".join(blocks)
+    """The bodies of one method in several classes, as text, one below the other."""
+    return "\n\n".join(
+        "\n".join([f"{kind.__name__}.{method}", *(f"    {line}" for line in _body(getattr(kind, method)))]) for kind in classes
+    )
 
 
 def _body(function) -> list[str]:
@@ -257,7 +253,3 @@ def _body(function) -> list[str]:
     lines = inspect.getsource(getattr(function, "fget", None) or function).splitlines()
     start = next(number for number, line in enumerate(lines) if line.split("  #")[0].endswith(":"))
     return [line for line in textwrap.dedent("\n".join(lines[start + 1 :])).splitlines() if line.strip()]
-
-
-def _code(line: str) -> str:
-    return line.split("  #")[0].rstrip()

@@ -98,7 +98,7 @@ BREAKAGES: dict[str, Breakage] = {
     "m is 0": Breakage(
         "m is 0",
         "The key encoder jumps with every step, so the keys in the queue are from encoders that differ, and a query can tell "
-        "them from its own key by when they were written instead of by what they show. The loss stays high, the kNN falls.",
+        "them from its own key by when they were written instead of by what they show. The loss stays high, the kNN low.",
         {"m": 0.0},
     ),
     "enqueued first": Breakage(
@@ -123,7 +123,7 @@ BREAKAGES: dict[str, Breakage] = {
     "no augmentation": Breakage(
         "no augmentation",
         "Query and key are the same picture. To find it among others takes no more than to compare pixels: the loss falls to "
-        "nearly 0, the pretext accuracy is 100 %, and the kNN falls, for there is no reason to learn what a picture shows.",
+        "nearly 0, the pretext accuracy is 100 %, and the kNN stays low, for there is no reason to learn what a picture shows.",
         {"augmentation": "none"},
     ),
     "keys stay shuffled": Breakage(
@@ -158,12 +158,13 @@ SYMPTOMS: dict[str, Breakage] = {
     "flat, just below log(K + 1)": BREAKAGES["tau multiplied"],
     "the loss is nan": Breakage(
         "exp() by hand, at a low temperature",
-        "exp(cosine / 0.01) is infinite in float32 from a cosine of 0.89 on. Cross-entropy takes the logarithm first.",
+        "exp(cosine / 0.01) is infinite in float32 from a cosine of 0.89 on. Cross-entropy subtracts"
+        " the largest logit before it exponentiates.",
         {"temperature": 0.01},
         loss=exponentials_by_hand,
     ),
-    "pretext up, kNN down": BREAKAGES["no augmentation"],
-    "the loss stays high, kNN down": BREAKAGES["m is 0"],
+    "pretext up, kNN low": BREAKAGES["no augmentation"],
+    "the loss stays high": BREAKAGES["m is 0"],
 }
 """The doctor's cases: a symptom, and the small change that produces it."""
 

@@ -25,6 +25,7 @@ usage: tutorial-moco COMMAND [FLAGS]
   pretrain   train one mechanism
   evaluate   read a checkpoint's features on any images
   data       look at a data set: sizes, classes, a contact sheet
+  doctor     is everything here that the chapters need? [OK], or [FAIL] and the mend
 
 Every command says more with --help. Images (--data) are `shapes`, drawn by the program; `cifar10`, `cifar100` or
 `stl10`, downloaded once; or a folder split/class/image, or a .tar, .tar.xz, .tar.gz or .zip of one.
@@ -98,6 +99,16 @@ class Data(DataFlags):
     """Write a contact sheet, ten images of each class, to this PNG."""
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Is everything here that the chapters need? One line for each thing: [OK], or [FAIL] with what to do."""
+
+    data: str = "cifar10"
+    """The images to look for; cifar10, cifar100 and stl10 are downloaded if they are not there."""
+    json: Path | None = None
+    """Also write the answers to this file."""
+
+
 def run_pretrain(flags: Pretrain) -> dict:
     """One mechanism."""
     return _train(flags, [flags.settings], baselines=False)
@@ -155,6 +166,16 @@ def run_data(flags: Data) -> dict:
     return {**facts, "train": len(train), "test": len(test), "classes": train.classes}
 
 
+def run_doctor(flags: Doctor) -> dict:
+    """Versions, widgets, memory, disk, images, measured runs."""
+    from tutorial_moco.doctor import report
+
+    found = report(flags.data)
+    if failed := sum(not well for well, _ in found):
+        raise DataError(f"{failed} of {len(found)} things are not well: the lines with [FAIL] say what to do")
+    return {"checks": [line for _, line in found]}
+
+
 def load(flags: DataFlags):
     """The training images and those to evaluate on, with a line that says what they are."""
     from tutorial_moco.images import hold_out, load_images
@@ -185,6 +206,7 @@ COMMANDS = {
     "pretrain": (Pretrain, run_pretrain),
     "evaluate": (Evaluate, run_evaluate),
     "data": (Data, run_data),
+    "doctor": (Doctor, run_doctor),
 }
 
 

@@ -405,7 +405,7 @@ def age_histograms(ages: dict[str, Tensor]) -> Figure:
 def _bare(width: float, height: float) -> Figure:
     """A figure whose axes are placed by hand: a slider's picture has no time to work out a layout."""
     fig = figure(width, height)
-    fig.set_layout_engine("none")
+    fig.set_layout_engine(None)  # "none" would leave an engine that does nothing, and draw everything twice
     return fig
 
 

@@ -18,12 +18,12 @@ def diagnose(data: str = "cifar10") -> list[tuple[bool, str]]:
     return [check() for check in (_torch, _widgets, _memory, _disk)] + [_images(data), _rows()]
 
 
-def report(data: str = "cifar10") -> bool:
-    """Print the diagnosis; True if all is well."""
+def report(data: str = "cifar10") -> list[tuple[bool, str]]:
+    """Print the diagnosis, and return it."""
     found = diagnose(data)
     for well, line in found:
         print(f"[{'OK' if well else 'FAIL'}] {line}")
-    return all(well for well, _ in found)
+    return found
 
 
 def _torch() -> tuple[bool, str]:

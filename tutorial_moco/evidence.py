@@ -89,7 +89,7 @@ def paper_K() -> Figure:
     axes.text(0.03, 0.96, text, color=COLOURS["end_to_end"], fontsize=8.5, va="top", transform=axes.transAxes)
     axes.set_ylim(top=62.5)
     log_ticks(axes, PAPER_K["moco"], [f"{K:,}" for K in PAPER_K["moco"]], base=2)
-    under(fig, f"{V1}, Figure 3; filled: also stated in its text, hollow: read off the plot")
+    under(fig, f"{V1}, Figure 3\nfilled: also stated in its text, hollow: read off the plot")
     return fig
 
 

@@ -40,7 +40,7 @@ def knn_readings(accuracies: dict[float, dict[int, float]], marked: Sequence[tup
     """
     fig = figure(6.4, 3.5)
     axes = fig.add_subplot(
-        xlabel="k, neighbours that vote", ylabel="kNN accuracy (%)", title="The same features, otherwise read"
+        xlabel="k, neighbours that vote", ylabel="kNN accuracy (%)", title="The same features, read in other ways"
     )
     shades = np.linspace(0.25, 1.0, len(accuracies))
     for (temperature, points), shade, marker in zip(accuracies.items(), shades, "osD^v<>pP"[: len(accuracies)], strict=True):
@@ -57,7 +57,7 @@ def knn_readings(accuracies: dict[float, dict[int, float]], marked: Sequence[tup
             "ha": "center",
             "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         }
-        axes.annotate(f"k {k}, {temperature:g}", place, (0, -18), textcoords="offset points", **style)
+        axes.annotate(f"k = {k}, T = {temperature:g}", place, (0, 15), textcoords="offset points", **style)
     ks = sorted(set(chain.from_iterable(accuracies.values())))
     log_ticks(axes, ks, [f"{k}" for k in ks], base=2)
     axes.margins(y=0.15)
@@ -119,7 +119,7 @@ def film(
     plane.set(xlim=(-edge, edge), ylim=(-edge, edge), title=f"t-SNE after {epochs[moment]:g} epochs")
     curve.plot(epochs, knn, color=QUIET, linewidth=1.6)
     curve.plot(epochs[moment], knn[moment], "o", color=COLOURS["moco"], markersize=9)
-    curve.set(xlabel="epochs", title=f"kNN {knn[moment]:.1f} %", ylim=(min(knn) - 4, max(knn) + 4))
+    curve.set(xlabel="epochs", ylabel="kNN (%)", title=f"kNN {knn[moment]:.1f} %", ylim=(min(knn) - 4, max(knn) + 4))
     _dressed(curve)
     fig.legend(
         handles,
@@ -408,7 +408,7 @@ def _across(axes: Axes):
 def _laid_out(size: tuple[float, float], *boxes: tuple[float, float, float, float]) -> tuple:
     """A figure whose axes stand where they are put: (left, bottom, width, height) in shares of it."""
     fig = figure(*size)
-    fig.set_layout_engine("none")
+    fig.set_layout_engine(None)  # "none" would leave an engine that does nothing, and draw everything twice
     return fig, *(fig.add_axes(box) for box in boxes)
 
 

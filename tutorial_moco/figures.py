@@ -58,11 +58,12 @@ def loss_curves(runs: list[dict]) -> Figure:
         full = next((p for p in points if p["filled"] == p["K"]), None)
         if full:
             axes.plot(full["images_seen"], full["loss"], "o", color=colour, markeredgecolor="black", zorder=5)
-            axes.annotate("queue full", (full["images_seen"], full["loss"]), (8, 6), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                "queue full", (full["images_seen"], full["loss"]), (8, 6), textcoords="offset points", fontsize=8, bbox=_BACKED
+            )
     for K, colours in sorted(guesses.items()):
         axes.axhline(math.log(K + 1), linestyle="--", linewidth=1, color=colours[0] if len(colours) == 1 else "#444444")
-        right = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-        axes.text(0.995, math.log(K + 1) + 0.08, f"log({K} + 1)", fontsize=8, zorder=3, bbox=_BACKED, **right)
+        axes.text(1.01, math.log(K + 1), f"log({K} + 1)", fontsize=8, va="center", transform=axes.get_yaxis_transform())
     axes.set_ylim(bottom=0, top=1.12 * max(axes.get_ylim()[1] / 1.05, math.log(max(guesses) + 1)))
     return _dressed(axes)
 

@@ -211,7 +211,7 @@ def leak_curves(found: dict[str, Sequence[float]], chance: float, over: int = 20
         mean = np.convolve(values, np.ones(over) / over, mode="valid")
         axes.plot(np.arange(over, len(values) + 1), mean, color=colour, linestyle=line, linewidth=1.6, label=name)
     axes.axhline(chance, color="black", linestyle=":", linewidth=1)
-    axes.text(1, chance, f"guessing: {chance:.1f} %", va="bottom", ha="right", fontsize=8, transform=axes.get_yaxis_transform())
+    axes.text(1.01, chance, f"guessing:\n{chance:.1f} %", va="center", fontsize=8, transform=axes.get_yaxis_transform())
     axes.set_ylim(bottom=0)
     _plain(axes)
     axes.legend(frameon=False, fontsize=9)
@@ -373,7 +373,7 @@ def _plain(axes: Axes) -> None:
 def _bare(width: float, height: float) -> Figure:
     """A figure whose axes are placed by hand: a slider's picture has no time to work out a layout."""
     fig = figure(width, height)
-    fig.set_layout_engine("none")
+    fig.set_layout_engine(None)  # "none" would leave an engine that does nothing, and draw everything twice
     return fig
 
 

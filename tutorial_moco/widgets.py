@@ -86,7 +86,7 @@ def _control(name: str, values: Sequence, value) -> widgets.Widget:
     style = {"description_width": "initial"}
     if all(isinstance(v, str) for v in values):
         return widgets.ToggleButtons(options=values, value=value, description=name, style=style)
-    options = [(f"{v:g}", v) for v in values]
+    options = [(_told(v), v) for v in values]
     return widgets.SelectionSlider(options=options, value=value, description=name, style=style, layout={"width": "26rem"})
 
 
@@ -101,13 +101,17 @@ def _display(box: widgets.Widget, first: bytes, alt: str, frames: Callable[[], d
 def _frames(draw: Callable[..., Figure], state: dict, controls: dict[str, Sequence]) -> dict:
     """A picture for each value of the first control, the others as they stand."""
     name, values = next(iter(controls.items()))
-    pictures = [_base64(draw(**{**state, name: value})) for value in values]
     return {
         "control": name,
-        "values": [v if isinstance(v, str) else f"{v:g}" for v in values],
+        "values": [_told(value) for value in values],
         "start": list(values).index(state[name]),
-        "pictures": pictures,
+        "others": {other: _told(value) for other, value in state.items() if other != name},
+        "pictures": [_base64(draw(**{**state, name: value})) for value in values],
     }
+
+
+def _told(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _base64(figure: Figure) -> str:
