@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from tutorial_moco.figures import COLOURS, TITLES, figure
+from tutorial_moco.figures import COLOURS, TITLES, bare, figure
 
 M_COLOURS = {0.0: "#D55E00", 0.5: "#CC79A7", 0.9: "#6DB6E8", 0.99: "#0072B2", 0.999: "#00304D", 1.0: "#777777"}
 NEW, RANDOM, GREY = "#D55E00", "#BBBBBB", "#555555"
@@ -40,7 +40,7 @@ def ring(ages: Tensor, pointer: int, title: str = "") -> Figure:
         pointer: the place to be written next.
     """
     ages, K = ages.numpy(), len(ages)
-    fig = _bare(7.0, 3.3)
+    fig = bare(7.0, 3.3)
     circle, bars = fig.add_axes((0.01, 0.02, 0.43, 0.86)), fig.add_axes((0.53, 0.16, 0.45, 0.70))
     angle = np.pi / 2 - 2 * np.pi * np.arange(K) / K
     x, y = np.cos(angle), np.sin(angle)
@@ -167,7 +167,7 @@ def room(K: int, batch: int, data: str) -> Figure:
         K: keys. batch: images of a step. data: a name in ``DATA``, for the size of the bank and the length of an epoch.
     """
     n, Ks = DATA[data], np.array([256, 1024, 4096, 16384, 65536])
-    fig = _bare(7.4, 3.5)
+    fig = bare(7.4, 3.5)
     memory, age = fig.add_axes((0.115, 0.21, 0.36, 0.64)), fig.add_axes((0.61, 0.21, 0.37, 0.64))
     memory.plot(Ks, Ks * C * 4 / 2**20, color=COLOURS["moco"], linewidth=1.6)
     memory.plot(Ks[[0, -1]], [n * C * 4 / 2**20] * 2, color=COLOURS["memory_bank"], linewidth=1.6)
@@ -231,7 +231,7 @@ def filter_response(path: Tensor, followed: Tensor, m: float) -> Figure:
     Args:
         path: (T,), a weight of the query encoder over T steps. followed: (T,), the same after the filter.
     """
-    fig = _bare(7.4, 3.1)
+    fig = bare(7.4, 3.1)
     answer, walk = fig.add_axes((0.08, 0.17, 0.39, 0.66)), fig.add_axes((0.57, 0.17, 0.41, 0.66))
     t = np.geomspace(1, 1e5, 160)
     answer.plot(t, 1 - m**t, color=COLOURS["moco"], linewidth=2)
@@ -264,7 +264,7 @@ def short_runs(runs: dict[float, list[dict]], K: int, steps: int, now: float | N
         runs: from m to the points of a run, each with ``step``, ``loss`` and ``pretext`` (percent).
         K: keys in the queue. steps: where the axis ends.
     """
-    fig = _bare(7.4, 3.2)
+    fig = bare(7.4, 3.2)
     loss, pretext = fig.add_axes((0.06, 0.16, 0.36, 0.70)), fig.add_axes((0.49, 0.16, 0.36, 0.70))
     for m, points in runs.items():
         front = now in (None, m)
@@ -289,7 +289,7 @@ def drift_laboratory(
         curves: from m to points with ``age`` (steps), ``cosine``, ``sd`` and ``count``, as in the rows ``drift``.
         m: the curve in front. K: keys; ages up to K / batch are shaded. bank: points of a memory bank.
     """
-    fig = _bare(7.2, 3.7)
+    fig = bare(7.2, 3.7)
     axes = fig.add_axes((0.09, 0.14, 0.74, 0.72))
     reach = math.ceil(K / batch)
     last = max(point["age"] for points in (*curves.values(), bank or []) for point in points)
@@ -400,13 +400,6 @@ def age_histograms(ages: dict[str, Tensor]) -> Figure:
 
 
 # Parts of pictures ---------------------------------------------------------------------------------------------------
-
-
-def _bare(width: float, height: float) -> Figure:
-    """A figure whose axes are placed by hand: a slider's picture has no time to work out a layout."""
-    fig = figure(width, height)
-    fig.set_layout_engine(None)  # "none" would leave an engine that does nothing, and draw everything twice
-    return fig
 
 
 def _label(axes: Axes, x: str | None, y: str | None, title: str | None = None) -> None:

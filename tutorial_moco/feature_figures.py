@@ -19,7 +19,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from tutorial_moco.evidence import apart, line, log_ticks
-from tutorial_moco.figures import CLASS_COLOURS, COLOURS, MARKERS, TITLES, figure
+from tutorial_moco.figures import CLASS_COLOURS, COLOURS, MARKERS, TITLES, bare, figure
 from tutorial_moco.pretrain import Run
 from tutorial_moco.results import along, field, mean_and_interval, of_experiment, step_memory, step_ms, values
 
@@ -407,8 +407,7 @@ def _across(axes: Axes):
 
 def _laid_out(size: tuple[float, float], *boxes: tuple[float, float, float, float]) -> tuple:
     """A figure whose axes stand where they are put: (left, bottom, width, height) in shares of it."""
-    fig = figure(*size)
-    fig.set_layout_engine(None)  # "none" would leave an engine that does nothing, and draw everything twice
+    fig = bare(*size)
     return fig, *(fig.add_axes(box) for box in boxes)
 
 

@@ -41,6 +41,14 @@ def figure(width: float = 6.0, height: float = 3.4) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
+def bare(width: float, height: float) -> Figure:
+    """A figure whose axes are placed by hand, for a slider: to work out a layout takes longer than to draw.
+
+    It has no layout engine at all; with "none" matplotlib would keep one that does nothing, and draw everything twice.
+    """
+    return Figure(figsize=(width, height), facecolor="white")
+
+
 def loss_curves(runs: list[dict]) -> Figure:
     """Loss over images seen; a dashed line where guessing would stand, log(K + 1), and a mark where the queue is full.
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
 from tutorial_moco.errors import DataError
-from tutorial_moco.figures import COLOURS, TITLES, figure
+from tutorial_moco.figures import COLOURS, TITLES, bare, figure
 from tutorial_moco.losses import info_nce
 from tutorial_moco.mechanisms import Mechanism
 from tutorial_moco.results import load_rows, provenance_line
@@ -233,7 +233,7 @@ def leak(similarity: Tensor, parts: int, shuffled: bool) -> Figure:
         "another image,\nsame part": (mates, GRADIENT),
         "another image,\nother part": (~mates & ~own, GREY),
     }
-    fig = _bare(7.2, 3.5)
+    fig = bare(7.2, 3.5)
     axes, bars = fig.add_axes((0.04, 0.08, 0.40, 0.82)), fig.add_axes((0.63, 0.17, 0.34, 0.73))
     axes.imshow(similarity.numpy(), cmap="cividis", vmin=-1, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
@@ -308,7 +308,7 @@ def memory_of(kept: float, batch: int, images: int, dim: int, K: np.ndarray = KS
 
 def memory_against_K(kept: float, batch: int, images: int, dim: int = 128, budget: float = 8 * 2**30) -> Figure:
     """`memory_of` over K, the line of a budget in bytes, and a dot at the largest K of end-to-end that fits into it."""
-    fig = _bare(7.2, 3.5)
+    fig = bare(7.2, 3.5)
     axes = fig.add_axes((0.115, 0.15, 0.725, 0.74), xscale="log", yscale="log")
     ends = {}
     for name, found in memory_of(kept, batch, images, dim).items():
@@ -368,13 +368,6 @@ def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
-
-
-def _bare(width: float, height: float) -> Figure:
-    """A figure whose axes are placed by hand: a slider's picture has no time to work out a layout."""
-    fig = figure(width, height)
-    fig.set_layout_engine(None)  # "none" would leave an engine that does nothing, and draw everything twice
-    return fig
 
 
 def _ticks(axis: Axis, places: Sequence[float]) -> None:

@@ -1,10 +1,12 @@
 """Pictures of a look-up: a query beside its keys, and what the temperature makes of their similarities."""
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from torch import Tensor
 
-from tutorial_moco.figures import COLOURS, denormalise, figure
+from tutorial_moco.figures import COLOURS, bare, denormalise, figure
 
 OWN, OTHER = "#D55E00", COLOURS["moco"]
 HARDEST = 5  # negatives whose share of the push is told
@@ -39,19 +41,22 @@ def temperature(q: Tensor, k: Tensor, query: int, tau: float) -> Figure:
     push = p / tau
     push[query] = 0.0  # the own key is pulled
     own = (order == query).nonzero().item()
-    fig = figure(7.2, 2.6)
-    panels = zip(
-        fig.subplots(1, 3), (similarity, p, push), ("similarity q · k", "softmax p", "push on a negative, p / τ"), strict=True
-    )
+    fig = bare(7.2, 2.6)
+    places = [fig.add_axes((left, 0.19, 0.255, 0.58)) for left in (0.06, 0.395, 0.735)]
+    panels = zip(places, (similarity, p, push), ("similarity q · k", "softmax p", "push on a negative, p / τ"), strict=True)
     for axes, values, title in panels:
-        bars = axes.bar(range(len(order)), values[order].numpy(), width=1.0, color=OTHER, linewidth=0)
-        bars[own].set_color(OWN)
+        heights = values[order].numpy()
+        axes.stairs(heights, np.arange(len(order) + 1) - 0.5, fill=True, color=OTHER)  # all bars in one piece
+        axes.bar(own, heights[own], width=1.0, color=OWN, linewidth=0)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("keys, most similar first", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     fig.axes[0].set_ylim(min(-0.1, similarity.min().item()), 1)
     fig.axes[1].set_ylim(0, 1)
+    for axes in fig.axes:  # few ticks: they take longer than all the rest
+        axes.xaxis.set_major_locator(FixedLocator((0, len(order) // 2, len(order) - 1)))
+        axes.yaxis.set_major_locator(MaxNLocator(3))
     hardest = push.topk(min(HARDEST, len(push))).values.sum() / push.sum().clamp(min=torch.finfo(push.dtype).tiny)
     fig.suptitle(
         f"τ = {tau:g}: own key p = {p[query]:.3f} (orange); "

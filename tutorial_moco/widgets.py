@@ -6,6 +6,7 @@ shown; where there is a kernel the same cell is live.
 
 import asyncio
 import base64
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 
@@ -38,7 +39,7 @@ def explore(draw: Callable[..., Figure], alt: str, start: dict[str, object] | No
     """
     state = {name: (start or {}).get(name, values[len(values) // 2]) for name, values in controls.items()}
     picture = widgets.Image(value=png(draw(**state), DPI), format="png")
-    picture.layout.max_width = "100%"
+    picture.layout = {"max_width": "100%", "align_self": "flex-start"}  # not stretched to the width of the box
 
     def moved(change: dict) -> None:
         state[change["owner"].description] = change["new"]
@@ -47,6 +48,8 @@ def explore(draw: Callable[..., Figure], alt: str, start: dict[str, object] | No
     knobs = [_control(name, values, state[name]) for name, values in controls.items()]
     for knob in knobs:
         knob.observe(moved, "value")
+    gc.collect()
+    gc.freeze()  # else a collection in the middle of a drag walks through all of torch, which takes longer than the drawing
     _display(widgets.VBox([*knobs, picture]), picture.value, alt, lambda: _frames(draw, state, controls))
 
 
@@ -64,7 +67,7 @@ def live(
     bar = widgets.FloatProgress(max=1.0)
     first = png(next(steps(**state))[1], DPI)
     picture = widgets.Image(value=first, format="png")
-    picture.layout.max_width = "100%"
+    picture.layout = {"max_width": "100%", "align_self": "flex-start"}  # not stretched to the width of the box
     task: list[asyncio.Task] = []
 
     async def go() -> None:
