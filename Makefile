@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OFFLINE := PYTHONPATH=$(CURDIR)/tests/offline TUTORIAL_MOCO_DATA=shapes
 .PHONY: demo test lab bench study figures notebooks book lint clean
 
 demo: $(VENV)/ready-demo
@@ -16,8 +17,8 @@ demo: $(VENV)/ready-demo
 
 test: $(VENV)/ready-test lint
 	$(BIN)/python -m pytest
-	PYTHONPATH=tests/offline $(BIN)/python tests/solved.py build/solved
-	PYTHONPATH=tests/offline $(BIN)/python -m pytest --nbval build/solved
+	$(OFFLINE) $(BIN)/python tests/solved.py build/solved
+	$(OFFLINE) $(BIN)/python -m pytest --nbval build/solved
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

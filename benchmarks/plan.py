@@ -128,8 +128,8 @@ def temperature(base: Recipe, labels: Tensor) -> list[Job]:
 def shuffling_bn(base: Recipe, labels: Tensor) -> list[Job]:
     """Statistics of the whole batch, of parts (they leak), of shuffled parts, and none of other images.
 
-    The parts are small, 4 images of a batch of 128: the fewer images share their statistics, the sooner the leak is found,
-    and our trainings are short.
+    The parts are small, 4 images of the batch of 128 that the small encoder has: the fewer images share their statistics, the
+    sooner the leak is found, and our trainings are short.
     """
     norms = (("batch", False), ("split:32", False), ("split:32", True), ("group", False))
     return [Job(base.replace(norm=norm, shuffle=shuffle)) for norm, shuffle in norms]

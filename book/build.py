@@ -41,11 +41,11 @@ def picture(output: nbformat.NotebookNode) -> str:
         return f'<figure class="picture">{image}</figure>'
     name, values, start = html.escape(frames["control"]), frames["values"], frames["start"]
     others = "".join(f", with {html.escape(other)} = {html.escape(value)}" for other, value in frames["others"].items())
-    slider = f'<input type="range" name="{name}" min="0" max="{len(values) - 1}" value="{start}" disabled>'
-    pictures = json.dumps({"values": values, "pictures": frames["pictures"]})
+    slider = f'<input type="range" name="{name}" aria-label="{name}" min="0" max="{len(values) - 1}" value="{start}">'
+    pictures = json.dumps({"values": values, "pictures": frames["pictures"]}).replace("<", "\\u003c")
     return (
-        f'<figure class="frames"><label>{name} {slider}<output>{html.escape(values[start])}</output></label>{image}'
-        f"<p>Moves without a kernel{others}. In Jupyter every control is live.</p>"
+        f'<figure class="frames"><p class="slider" hidden>{name} {slider}<output aria-live="off"></output></p>{image}'
+        f"<p hidden>Moves without a kernel{others}. In Jupyter every control is live.</p>"
         f'<script type="application/json">{pictures}</script></figure>'
     )
 

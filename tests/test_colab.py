@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -34,7 +35,12 @@ def runtime(tmp_path_factory):
             (folder / "usual" / path.name).symlink_to(path)
     own = next((folder / "env").glob("lib/*/site-packages"))
     (own / "usual.pth").write_text(f"{folder / 'usual'}\n")
-    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder / "wheels", FOLDER.parent]
+    for name in ("tutorial_moco", "data"):  # of a copy: setuptools leaves a folder behind, and would take from it again
+        shutil.copytree(FOLDER.parent / name, folder / "source" / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(FOLDER.parent / name, folder / "source")
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    wheel += ["--wheel-dir", folder / "wheels", folder / "source"]
     subprocess.run(wheel, check=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TUTORIAL_MOCO"))}
     environment |= {"PIP_FIND_LINKS": str(folder / "wheels"), "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1",

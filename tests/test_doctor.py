@@ -1,5 +1,6 @@
 """The doctor: [OK] where all is well, and where it is not [FAIL], what was found, and the mend."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -13,6 +14,10 @@ from tutorial_moco import doctor
 @pytest.fixture(autouse=True)
 def images(tmp_path, monkeypatch):
     monkeypatch.delenv("TUTORIAL_MOCO_DATA", raising=False)
+    monkeypatch.setattr(doctor, "ROOM", 2**20)  # so that the machine the tests run on is well, whichever it is
+    monkeypatch.setattr(doctor, "MEMORY", 2**20)
+    monkeypatch.setattr(doctor, "MEMINFO", tmp_path / "meminfo")
+    doctor.MEMINFO.write_text("MemTotal: 8388608 kB\nMemAvailable: 4194304 kB\n")
     return image_folder(tmp_path / "pictures")
 
 
@@ -44,8 +49,8 @@ def break_widgets(monkeypatch):
     [
         (break_torchvision, "(operator torchvision::nms does not exist); install both together: pip install --force-reinstall"),
         (break_widgets, "ipywidgets is missing, and with it every slider; pip install ipywidgets"),
-        (lambda patch: patch.setattr(doctor, "MEMORY", 2**60), "close other programs, or use --data shapes"),
-        (lambda patch: patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**29)), "0.5 GB of disk are free"),
+        (lambda patch: patch.setattr(doctor, "MEMORY", 2**33), "4.0 GB of memory are free, 4 are wanted; close other programs"),
+        (lambda patch: patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**19)), "0.0 GB of disk are free"),
     ],
 )
 def test_what_is_not_well_is_named_with_its_mend(broken, said, images, monkeypatch):
@@ -55,6 +60,13 @@ def test_what_is_not_well_is_named_with_its_mend(broken, said, images, monkeypat
     (line,) = [line for line in result.out.splitlines() if line.startswith("[FAIL] ")]
     assert said in line
     assert "1 of 6 things are not well" in result.err
+
+
+def test_the_answers_are_written_also_if_something_is_not_well(tmp_path):
+    result = call("doctor", "--data", tmp_path / "nowhere", "--json", tmp_path / "answers.json")
+    assert result.status == 3
+    checks = json.loads((tmp_path / "answers.json").read_text())["checks"]
+    assert [check["well"] for check in checks] == [True, True, True, True, False, True]
 
 
 def test_images_that_are_not_there(tmp_path):

@@ -228,7 +228,7 @@ def test_every_claim_finds_its_rows_in_the_plan(rows):
 
 def test_a_side_holds_the_rows_of_its_settings(rows):
     section = next(section for section in SECTIONS if section.experiment == "K")
-    found = next(f for f in findings(section, rows)[0] if f.measure == "kNN")
+    found = next(f for f in findings(section, rows)[1] if f.measure == "kNN")
     mine = along([row for row in rows if (row["experiment"], row["mechanism"]) == ("K", "moco")], "K")
     assert found.larger == values(mine[16384], field("knn_top1"))
     assert found.smaller == values(mine[1024], field("knn_top1"))
@@ -285,8 +285,8 @@ def test_the_page_shows_every_claim_its_figures_and_its_picture(redraw, rows):
     linked = re.findall(r"!\[.+?\]\((.+?)\)", page)
     assert len(linked) == len(PICTURES)
     assert all((redraw.folder / "docs" / path).is_file() for path in linked)
-    found = findings(SECTIONS[1], rows)[2][0]
-    (difference, half), line = found.difference, re.search(r"\| linear, % .+", page.split("at the same K.**")[1])[0]
+    found = findings(SECTIONS[1], rows)[4][0]
+    (difference, half), line = found.difference, re.search(r"\| linear, % .+", page.split("at the same K (16,384).**")[1])[0]
     assert f"| {difference:+.1f} ± {half:.1f} | 3 | **{found.verdict}** |" in line
     assert "measured 2026-11-26 with commit abc, on a laptop, CIFAR-10, 3 seeds" in page
     assert "nan" not in page

@@ -13,6 +13,7 @@ from benchmarks import measures, study
 from benchmarks.measures import MEASURED, drift_by_age, measure, thinned
 from benchmarks.plan import BASES, EXPERIMENTS, Job, draw, plan
 from tutorial_moco import pretrain as training
+from tutorial_moco.claims import END_TO_END_UP_TO, FEW, FEWEST, MANY
 from tutorial_moco.errors import DataError
 from tutorial_moco.images import ImageSet, load_images
 from tutorial_moco.recipes import Recipe
@@ -59,6 +60,7 @@ def test_k_has_six_values_and_end_to_end_takes_its_from_the_batch(planned, base)
         assert {job.recipe.batch_size for job in jobs} == {base.batch_size}
     jobs = [job for job in planned["K"] if job.recipe.mechanism == "end_to_end"]
     assert {job.recipe.K for job in jobs} == {16, 64, 256, 1024}
+    assert {FEWEST, FEW, MANY, END_TO_END_UP_TO} <= Ks  # those that the claims compare
     for job in jobs:
         assert job.recipe.batch_size == job.recipe.K + 1
         assert job.recipe.lr / job.recipe.batch_size == pytest.approx(base.lr / base.batch_size)

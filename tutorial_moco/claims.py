@@ -121,7 +121,8 @@ def found(claim: Claim, measure: str, rows: Sequence[dict]) -> Finding:
 
 # The page ------------------------------------------------------------------------------------------------------------
 
-FEW, MANY = 1024, 16384  # as far apart as the 4,096 and 65,536 of the paper
+# Keys in a dictionary. The paper's go from 0.02 to 5 % of its images; ours from 0.03 to 33 %.
+FEWEST, FEW, MANY = 64, 1024, 16384
 END_TO_END_UP_TO = 1024  # the paper's end-to-end ended there too, for want of memory
 SECTIONS = (
     Section(
@@ -146,18 +147,30 @@ SECTIONS = (
         (
             Claim(
                 "MoCo gains from a larger dictionary",
-                f"59.0 with K = 4,096, 60.6 with 65,536, linear ({V1}, section 4.1 and Figure 3)",
-                (f"MoCo, K = {MANY:,}", {"mechanism": "moco", "K": MANY}),
-                (f"MoCo, K = {FEW:,}", {"mechanism": "moco", "K": FEW}),
+                f"54.7 with K = 256, 0.02 % of the images, 60.6 with 65,536, 5 %, linear ({V1}, Figure 3)",
+                (f"MoCo, K = {FEW:,} (2 %)", {"mechanism": "moco", "K": FEW}),
+                (f"MoCo, K = {FEWEST:,} (0.1 %)", {"mechanism": "moco", "K": FEWEST}),
+            ),
+            Claim(
+                "MoCo still gains where the dictionary is large",
+                f"59.0 with K = 4,096, 60.6 with 65,536, linear ({V1}, section 4.1)",
+                (f"MoCo, K = {MANY:,} (33 %)", {"mechanism": "moco", "K": MANY}),
+                (f"MoCo, K = {FEW:,} (2 %)", {"mechanism": "moco", "K": FEW}),
             ),
             Claim(
                 "A memory bank gains from a larger dictionary",
                 f"all three mechanisms do; the bank reaches 58.0 with K = 65,536, linear ({V1}, section 4.1)",
                 (f"bank, K = {MANY:,}", {"mechanism": "memory_bank", "K": MANY}),
+                (f"bank, K = {FEWEST:,}", {"mechanism": "memory_bank", "K": FEWEST}),
+            ),
+            Claim(
+                f"MoCo is better than the memory bank at the same K ({FEW:,})",
+                f"54.7 and 50.0 with K = 256, 57.3 and 54.1 with 1,024, linear, read off ({V1}, Figure 3)",
+                (f"MoCo, K = {FEW:,}", {"mechanism": "moco", "K": FEW}),
                 (f"bank, K = {FEW:,}", {"mechanism": "memory_bank", "K": FEW}),
             ),
             Claim(
-                "MoCo is better than the memory bank at the same K",
+                f"MoCo is better than the memory bank at the same K ({MANY:,})",
                 f"60.6 and 58.0 with K = 65,536, linear ({V1}, section 4.1)",
                 (f"MoCo, K = {MANY:,}", {"mechanism": "moco", "K": MANY}),
                 (f"bank, K = {MANY:,}", {"mechanism": "memory_bank", "K": MANY}),

@@ -103,8 +103,8 @@ class Data(DataFlags):
 class Doctor:
     """Is everything here that the chapters need? One line for each thing: [OK], or [FAIL] with what to do."""
 
-    data: str = "cifar10"
-    """The images to look for; cifar10, cifar100 and stl10 are downloaded if they are not there."""
+    data: str | None = None
+    """The images to look for; those of the chapters if left out. cifar10, cifar100 and stl10 are downloaded if not there."""
     json: Path | None = None
     """Also write the answers to this file."""
 
@@ -171,9 +171,12 @@ def run_doctor(flags: Doctor) -> dict:
     from tutorial_moco.doctor import report
 
     found = report(flags.data)
+    result = {"checks": [{"well": well, "line": line} for well, line in found]}
     if failed := sum(not well for well, _ in found):
+        if flags.json:  # what is not well is what one wants to read there
+            write_json(flags.json, result)
         raise DataError(f"{failed} of {len(found)} things are not well: the lines with [FAIL] say what to do")
-    return {"checks": [line for _, line in found]}
+    return result
 
 
 def load(flags: DataFlags):

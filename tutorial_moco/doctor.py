@@ -10,15 +10,23 @@ from pathlib import Path
 from tutorial_moco.errors import DataError
 
 ROOM = 2 * 2**30  # bytes for CIFAR-10, its decoded images and some runs
+MEMINFO = Path("/proc/meminfo")  # Linux has it
 MEMORY = 4 * 2**30  # bytes that training the small encoder on CIFAR-10 takes at most, with room to spare
 
 
-def diagnose(data: str = "cifar10") -> list[tuple[bool, str]]:
-    """Whether each thing is well, and a line that says what was found and, where it is not, the mend."""
-    return [check() for check in (_torch, _widgets, _memory, _disk)] + [_images(data), _rows()]
+def diagnose(data: str | None = None) -> list[tuple[bool, str]]:
+    """Whether each thing is well, and a line that says what was found and, where it is not, the mend.
+
+    Args:
+        data: the images to look for; if left out those of the chapters, ``$TUTORIAL_MOCO_DATA`` or else CIFAR-10.
+    """
+    return [check() for check in (_torch, _widgets, _memory, _disk)] + [
+        _images(data or os.environ.get("TUTORIAL_MOCO_DATA", "cifar10")),
+        _rows(),
+    ]
 
 
-def report(data: str = "cifar10") -> list[tuple[bool, str]]:
+def report(data: str | None = None) -> list[tuple[bool, str]]:
     """Print the diagnosis, and return it."""
     found = diagnose(data)
     for well, line in found:
@@ -51,12 +59,14 @@ def _widgets() -> tuple[bool, str]:
 
 
 def _memory() -> tuple[bool, str]:
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
+    if not MEMINFO.exists():
         return True, "memory: not asked on this system; 4 GB free are enough"
-    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    free = next(int(line.split()[1]) * 1024 for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
     if free < MEMORY:
-        return False, f"{free / 2**30:.1f} GB of memory are free, 4 are wanted; close other programs, or use --data shapes"
+        return (
+            False,
+            f"{free / 2**30:.1f} GB of memory are free, 4 are wanted; close other programs, or set TUTORIAL_MOCO_DATA=shapes",
+        )
     return True, f"{free / 2**30:.1f} GB of memory free"
 
 
@@ -76,7 +86,7 @@ def _images(data: str) -> tuple[bool, str]:
     from tutorial_moco.images import load_images
 
     try:
-        train = load_images(os.environ.get("TUTORIAL_MOCO_DATA", data), "train", progress=False)
+        train = load_images(data, "train", progress=False)
     except DataError as error:
         return False, f"{error}. The chapters go on with images drawn by the program"
     return True, f"{train.name}: {len(train):,} training images of {train.images.shape[-1]} pixels"

@@ -29,7 +29,8 @@ def explore(draw: Callable[..., Figure], alt: str, start: dict[str, object] | No
     """Show ``draw(**state)`` with a control for each argument: a slider over numbers, buttons for words.
 
     A move redraws at once. The front end sends one value at a time and keeps only the last of those that come meanwhile,
-    so that drags do not queue up.
+    so that drags do not queue up. Objects that live now are left out of Python's garbage collections until the next call:
+    a collection during a drag would be felt.
 
     Args:
         draw: pure; under 100 ms, or the picture lags behind the hand.
@@ -48,6 +49,7 @@ def explore(draw: Callable[..., Figure], alt: str, start: dict[str, object] | No
     knobs = [_control(name, values, state[name]) for name, values in controls.items()]
     for knob in knobs:
         knob.observe(moved, "value")
+    gc.unfreeze()
     gc.collect()
     gc.freeze()  # else a collection in the middle of a drag walks through all of torch, which takes longer than the drawing
     _display(widgets.VBox([*knobs, picture]), picture.value, alt, lambda: _frames(draw, state, controls))

@@ -1,4 +1,5 @@
-// A slider over pictures that were drawn in advance: no kernel, no network. The pictures lie in the page as JSON.
+// A slider over pictures that were drawn in advance: no kernel, no network. The pictures lie in the page as JSON. Without
+// scripts there is the first picture, and no slider.
 document.querySelectorAll("figure.frames").forEach((figure) => {
   const frames = JSON.parse(figure.querySelector("script").textContent);
   const [image, slider, told] = ["img", "input", "output"].map((name) => figure.querySelector(name));
@@ -8,6 +9,6 @@ document.querySelectorAll("figure.frames").forEach((figure) => {
     slider.setAttribute("aria-valuetext", told.textContent);
   };
   slider.addEventListener("input", show);
-  slider.disabled = false;
   show();
+  figure.querySelectorAll("[hidden]").forEach((part) => { part.hidden = false; });
 });
