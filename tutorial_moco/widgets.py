@@ -18,6 +18,7 @@ from tutorial_moco.report import png
 
 FRAMES = "application/vnd.tutorial-moco.frames+json"  # a slider's pictures, for the book, which has no kernel
 DPI = 100
+COLOURS = 64  # of a slider's saved pictures: a chapter holds dozens
 
 
 def show(figure: Figure, alt: str) -> None:
@@ -52,7 +53,7 @@ def explore(draw: Callable[..., Figure], alt: str, start: dict[str, object] | No
     gc.unfreeze()
     gc.collect()
     gc.freeze()  # else a collection in the middle of a drag walks through all of torch, which takes longer than the drawing
-    _display(widgets.VBox([*knobs, picture]), picture.value, alt, lambda: _frames(draw, state, controls))
+    _display(widgets.VBox([*knobs, picture]), _frame(draw(**state)), alt, lambda: _frames(draw, state, controls))
 
 
 def live(
@@ -67,8 +68,8 @@ def live(
     knobs = [_control(name, values, state[name]) for name, values in controls.items()]
     run, stop = widgets.Button(description="Run"), widgets.Button(description="Stop", disabled=True)
     bar = widgets.FloatProgress(max=1.0)
-    first = png(next(steps(**state))[1], DPI)
-    picture = widgets.Image(value=first, format="png")
+    first = next(steps(**state))[1]
+    picture = widgets.Image(value=png(first, DPI), format="png")
     picture.layout = {"max_width": "100%", "align_self": "flex-start"}  # not stretched to the width of the box
     task: list[asyncio.Task] = []
 
@@ -83,7 +84,7 @@ def live(
 
     run.on_click(lambda _: task.append(asyncio.get_running_loop().create_task(go())))
     stop.on_click(lambda _: task and task.pop().cancel())
-    _display(widgets.VBox([*knobs, widgets.HBox([run, stop, bar]), picture]), first, alt)
+    _display(widgets.VBox([*knobs, widgets.HBox([run, stop, bar]), picture]), _frame(first), alt)
 
 
 def _control(name: str, values: Sequence, value) -> widgets.Widget:
@@ -95,9 +96,9 @@ def _control(name: str, values: Sequence, value) -> widgets.Widget:
     return widgets.SelectionSlider(options=options, value=value, description=name, style=style, layout={"width": "26rem"})
 
 
-def _display(box: widgets.Widget, first: bytes, alt: str, frames: Callable[[], dict] | None = None) -> None:
+def _display(box: widgets.Widget, first: str, alt: str, frames: Callable[[], dict] | None = None) -> None:
     """The live widget where it can be shown, its first picture elsewhere, and all its pictures while the book is made."""
-    bundle = box._repr_mimebundle_() | {"image/png": base64.b64encode(first).decode(), "text/plain": alt}
+    bundle = box._repr_mimebundle_() | {"image/png": first, "text/plain": alt}
     if frames and os.environ.get("TUTORIAL_MOCO_FRAMES"):
         bundle[FRAMES] = frames()
     display(bundle, metadata={"image/png": {"alt": alt}}, raw=True)
@@ -111,7 +112,7 @@ def _frames(draw: Callable[..., Figure], state: dict, controls: dict[str, Sequen
         "values": [_told(value) for value in values],
         "start": list(values).index(state[name]),
         "others": {other: _told(value) for other, value in state.items() if other != name},
-        "pictures": [_base64(draw(**{**state, name: value})) for value in values],
+        "pictures": [_frame(draw(**{**state, name: value})) for value in values],
     }
 
 
@@ -121,3 +122,7 @@ def _told(value: float | str) -> str:
 
 def _base64(figure: Figure) -> str:
     return base64.b64encode(png(figure, DPI)).decode()
+
+
+def _frame(figure: Figure) -> str:
+    return base64.b64encode(png(figure, DPI, COLOURS)).decode()
