@@ -378,7 +378,8 @@ def momentum_live(curves: dict[float, list[tuple[int, float, float]]], K: int, s
     _level(loss, math.log(K + 1), f"log({K:,} + 1)")
     loss.set(title="loss", ylim=(0, 1.15 * math.log(K + 1)))
     pretext.set(title="pretext accuracy (%)", ylim=(-2, 102))
-    pretext.legend(frameon=False, fontsize=8.5, loc="upper right")
+    if curves:
+        pretext.legend(frameon=False, fontsize=8.5, loc="upper right")
     for axes in (loss, pretext):
         axes.set(xlabel="steps", xlim=(0, 1.02 * steps))
         _dressed(axes).title.set_fontsize(10)
