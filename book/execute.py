@@ -40,8 +40,7 @@ def strip(book: nbformat.NotebookNode) -> None:
         cell.id = f"cell-{number:03}"
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            cell.outputs = [output for output in cell.outputs if not is_bar(output)]
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" and not is_bar(output)]
             for output in cell.outputs:
                 output.get("data", {}).pop(WIDGET, None)
 

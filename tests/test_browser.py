@@ -166,20 +166,9 @@ def test_a_slider_in_the_book(page, html, chapter, name):
     page.goto((html / f"{chapter}.html").as_uri())
     figure = page.locator("figure.frames", has=page.locator(f"input[name={name}]")).first
     slider, image = figure.locator("input"), figure.locator("img")
-    slider.scroll_into_view_if_needed()
-    before = image.get_attribute("src")
-    page.evaluate(WATCH, [image.element_handle(), figure.locator("output").element_handle()])
-    box = slider.bounding_box()
-    middle = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + box["width"] / 2, middle)
-    page.mouse.down()
-    for share in (0.7, 0.85, 0.98, 0.6, 0.4, 0.2, 0.02):
-        page.mouse.move(box["x"] + share * box["width"], middle, steps=2)
-        page.wait_for_timeout(150)
-    page.mouse.up()
+    latencies = drag(page, slider, slider, image, figure.locator("output"))
     page.screenshot(path=SCREENSHOTS / f"book-{name}.png")
-    assert image.get_attribute("src") != before
-    tell(f"the book, slider {name}", image.evaluate("image => image.seen"))
+    tell(f"the book, slider {name}", latencies)
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
 
 

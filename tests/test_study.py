@@ -11,9 +11,9 @@ import torch
 
 from benchmarks import measures, study
 from benchmarks.measures import MEASURED, drift_by_age, measure, thinned
-from benchmarks.plan import BASES, EXPERIMENTS, Job, draw, plan
+from benchmarks.plan import BASES, END_TO_END_UP_TO, EXPERIMENTS, Job, draw, plan
 from tutorial_moco import pretrain as training
-from tutorial_moco.claims import END_TO_END_UP_TO, FEW, FEWEST, MANY
+from tutorial_moco.claims import FEW, FEWEST, MANY, SECTIONS
 from tutorial_moco.errors import DataError
 from tutorial_moco.images import ImageSet, load_images
 from tutorial_moco.recipes import Recipe
@@ -61,6 +61,7 @@ def test_k_has_six_values_and_end_to_end_takes_its_from_the_batch(planned, base)
     jobs = [job for job in planned["K"] if job.recipe.mechanism == "end_to_end"]
     assert {job.recipe.K for job in jobs} == {16, 64, 256, 1024}
     assert {FEWEST, FEW, MANY, END_TO_END_UP_TO} <= Ks  # those that the claims compare
+    assert any(f"ends at K = {END_TO_END_UP_TO:,}" in section.question for section in SECTIONS)
     for job in jobs:
         assert job.recipe.batch_size == job.recipe.K + 1
         assert job.recipe.lr / job.recipe.batch_size == pytest.approx(base.lr / base.batch_size)

@@ -20,10 +20,8 @@ def diagnose(data: str | None = None) -> list[tuple[bool, str]]:
     Args:
         data: the images to look for; if left out those of the chapters, ``$TUTORIAL_MOCO_DATA`` or else CIFAR-10.
     """
-    return [check() for check in (_torch, _widgets, _memory, _disk)] + [
-        _images(data or os.environ.get("TUTORIAL_MOCO_DATA", "cifar10")),
-        _rows(),
-    ]
+    data = data or os.environ.get("TUTORIAL_MOCO_DATA", "cifar10")
+    return [check() for check in (_torch, _widgets, _memory, _disk)] + [_images(data), _rows()]
 
 
 def report(data: str | None = None) -> list[tuple[bool, str]]:
@@ -63,10 +61,8 @@ def _memory() -> tuple[bool, str]:
         return True, "memory: not asked on this system; 4 GB free are enough"
     free = next(int(line.split()[1]) * 1024 for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
     if free < MEMORY:
-        return (
-            False,
-            f"{free / 2**30:.1f} GB of memory are free, 4 are wanted; close other programs, or set TUTORIAL_MOCO_DATA=shapes",
-        )
+        mend = "close other programs, or set TUTORIAL_MOCO_DATA=shapes"
+        return False, f"{free / 2**30:.1f} GB of memory are free, 4 are wanted; {mend}"
     return True, f"{free / 2**30:.1f} GB of memory free"
 
 

@@ -40,7 +40,8 @@ def explore(draw: Callable[..., Figure], alt: str, start: dict[str, object] | No
         controls: for each argument of draw the values it can take, in order.
     """
     state = {name: (start or {}).get(name, values[len(values) // 2]) for name, values in controls.items()}
-    picture = widgets.Image(value=png(draw(**state), DPI), format="png")
+    first = draw(**state)
+    picture = widgets.Image(value=png(first, DPI), format="png")
     picture.layout = {"max_width": "100%", "align_self": "flex-start"}  # not stretched to the width of the box
 
     def moved(change: dict) -> None:
@@ -53,7 +54,7 @@ def explore(draw: Callable[..., Figure], alt: str, start: dict[str, object] | No
     gc.unfreeze()
     gc.collect()
     gc.freeze()  # else a collection in the middle of a drag walks through all of torch, which takes longer than the drawing
-    _display(widgets.VBox([*knobs, picture]), _frame(draw(**state)), alt, lambda: _frames(draw, state, controls))
+    _display(widgets.VBox([*knobs, picture]), _base64(first, COLOURS), alt, lambda: _frames(draw, state, controls))
 
 
 def live(
@@ -84,7 +85,7 @@ def live(
 
     run.on_click(lambda _: task.append(asyncio.get_running_loop().create_task(go())))
     stop.on_click(lambda _: task and task.pop().cancel())
-    _display(widgets.VBox([*knobs, widgets.HBox([run, stop, bar]), picture]), _frame(first), alt)
+    _display(widgets.VBox([*knobs, widgets.HBox([run, stop, bar]), picture]), _base64(first, COLOURS), alt)
 
 
 def _control(name: str, values: Sequence, value) -> widgets.Widget:
@@ -112,7 +113,7 @@ def _frames(draw: Callable[..., Figure], state: dict, controls: dict[str, Sequen
         "values": [_told(value) for value in values],
         "start": list(values).index(state[name]),
         "others": {other: _told(value) for other, value in state.items() if other != name},
-        "pictures": [_frame(draw(**{**state, name: value})) for value in values],
+        "pictures": [_base64(draw(**{**state, name: value}), COLOURS) for value in values],
     }
 
 
@@ -120,9 +121,5 @@ def _told(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def _base64(figure: Figure) -> str:
-    return base64.b64encode(png(figure, DPI)).decode()
-
-
-def _frame(figure: Figure) -> str:
-    return base64.b64encode(png(figure, DPI, COLOURS)).decode()
+def _base64(figure: Figure, colours: int | None = None) -> str:
+    return base64.b64encode(png(figure, DPI, colours)).decode()
