@@ -113,7 +113,7 @@ def wait_for(url, server, log):
 
 def drag(page, handle, track, image, text):
     """Drag a handle along its track from end to end; returns the milliseconds from each change of the text to its picture."""
-    image.evaluate("image => image.scrollIntoView({block: 'center'})")
+    image.evaluate("image => image.scrollIntoView({block: 'center', behavior: 'instant'})")
     page.wait_for_timeout(1000)  # until the page has come to rest
     page.evaluate(WATCH, [image.element_handle(), text.element_handle()])
     before, box, grip = image.get_attribute("src"), track.bounding_box(), handle.bounding_box()
