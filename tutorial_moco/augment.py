@@ -9,6 +9,7 @@ Shapes: B images of a batch, C = 3 colours, H x W pixels.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from tutorial_moco.speed import products_in
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma, the weights of torchvision and Pillow
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # CIFAR-10's; any fixed numbers near the data's serve
+_QUARTER_TURN = ((0.0, -1.0, 1.0), (1.0, 0.0, -1.0), (-1.0, 1.0, 0.0))  # about the gray axis, red to green to blue
+_AS_IT_IS = (1.0, 1.0, 1.0, 0.0)  # the factors of a colour jitter that does nothing
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to the central crop
 
 
@@ -60,7 +63,7 @@ AUGMENTATIONS: dict[str, tuple[Augmentation, Augmentation]] = {
 
 
 def two_views(
-    images: Tensor, index: Tensor, augmentation: str, *, seed: int = 0, epoch: int = 0, size: int | None = None
+    images: Tensor, index: Tensor, augmentation: str, *, seed: int = 0, epoch: int | Tensor = 0, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Two independent random views of each image: the query's and the key's.
 
@@ -86,8 +89,46 @@ def two_views(
     )
 
 
+class RecordedViews:
+    """`two_views` on a GPU, recorded as a CUDA graph at the first call and launched as one from then on.
+
+    The next call overwrites the views. Batch, augmentation and seed stay what they were at the first.
+    """
+
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(
+        self, images: Tensor, index: Tensor, augmentation: str, *, seed: int = 0, epoch: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        if self.graph is None:
+            self.record(images, index, augmentation, seed)
+        self.images.copy_(images)
+        self.index.copy_(index)
+        self.epoch.fill_(epoch)
+        self.graph.replay()
+        return self.views
+
+    def record(self, images: Tensor, index: Tensor, augmentation: str, seed: int) -> None:
+        """Run it beside the main stream, so that libraries have what they need, and then once more for the record."""
+        self.images, self.index, self.epoch = images.clone(), index.clone(), torch.zeros_like(index[0])
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            two_views(self.images, self.index, augmentation, seed=seed, epoch=self.epoch)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            self.views = two_views(self.images, self.index, augmentation, seed=seed, epoch=self.epoch)
+
+
 def random_view(
-    images: Tensor, index: Tensor, recipe: Augmentation, *, seed: int, epoch: int, view: int | Tensor, size: int | None = None
+    images: Tensor,
+    index: Tensor,
+    recipe: Augmentation,
+    *,
+    seed: int,
+    epoch: int | Tensor,
+    view: int | Tensor,
+    size: int | None = None,
 ) -> Tensor:
     """One random view of each image; a function of (seed, epoch, view, index) and the image alone. See `two_views`."""
     height, width = images.shape[-2:]
@@ -98,7 +139,7 @@ def random_view(
     x = crop_resize(images, top, left, crop_height, crop_width, flip, size)
     if recipe.jitter_p or recipe.grayscale:
         factors, order = jitter_factors(u[:, 23:27], recipe.jitter), torch.argsort(u[:, 27:31], dim=1)
-        factors = torch.where((u[:, 31] < recipe.jitter_p)[:, None], factors, factors.new_tensor([1.0, 1.0, 1.0, 0.0]))
+        factors = torch.where((u[:, 31] < recipe.jitter_p)[:, None], factors, constant(_AS_IT_IS, x.device))
         with products_in(torch.float32):  # of 3x3 matrices: rounding them would cost time
             x = apply_colour(x, *colour_matrices(x, factors, order, gray=u[:, 32] < recipe.grayscale))
     if recipe.blur:
@@ -116,8 +157,14 @@ def plain_view(images: Tensor) -> Tensor:
 
 def normalise(x: Tensor) -> Tensor:
     """Values in [0, 1], (B, 3, H, W), to about zero mean and unit variance; x itself is changed."""
-    x.sub_(x.new_tensor(MEAN)[:, None, None]).div_(x.new_tensor(STD)[:, None, None])
+    x.sub_(constant(MEAN, x.device)[:, None, None]).div_(constant(STD, x.device)[:, None, None])
     return x.contiguous(memory_format=torch.channels_last)  # last: broadcasting over 3 interleaved colours is slow
+
+
+@cache
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """A float32 tensor of these numbers, made once: to hand a GPU numbers is to wait until all that it was told is done."""
+    return torch.tensor(values, device=device)
 
 
 # Geometry ------------------------------------------------------------------------------------------------------------
@@ -219,7 +266,7 @@ def _rows_and_columns(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def jitter_factors(u: Tensor, jitter: tuple[float, float, float, float]) -> Tensor:
     """ColorJitter's factors, (B, 4): brightness, contrast, saturation in [max(0, 1 - j), 1 + j], hue in [-j, j] turns."""
-    strength = u.new_tensor(jitter)
+    strength = constant(jitter, u.device)
     low = torch.cat([(1 - strength[:3]).clamp(min=0), -strength[3:]])
     high = torch.cat([1 + strength[:3], strength[3:]])
     return low + u * (high - low)
@@ -241,7 +288,7 @@ def colour_matrices(x: Tensor, factors: Tensor, order: Tensor, gray: Tensor) -> 
     """
     B = x.shape[0]
     brightness, contrast, saturation, hue = factors[..., None, None].unbind(1)
-    eye, luma = torch.eye(3, device=x.device), x.new_tensor(GRAY)
+    eye, luma = torch.eye(3, device=x.device), constant(GRAY, x.device)
     to_gray = luma.expand(3, 3)
     steps = torch.stack(
         [eye * brightness, eye * contrast, eye * saturation + to_gray * (1 - saturation), _hue_rotation(hue)], dim=1
@@ -268,5 +315,5 @@ def _hue_rotation(turns: Tensor) -> Tensor:
     angle = turns * (2 * math.pi)
     along = torch.full((3, 3), 1 / 3, device=turns.device)  # Rodrigues' formula: what lies along the axis stays,
     across = torch.eye(3, device=turns.device) - along  # what lies across it turns
-    quarter = turns.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # red to green to blue
+    quarter = constant(_QUARTER_TURN, turns.device) / math.sqrt(3)
     return along + across * angle.cos() + quarter * angle.sin()

@@ -19,8 +19,9 @@ from tutorial_moco.augment import plain_view
 from tutorial_moco.images import ImageSet
 from tutorial_moco.speed import autocast
 
-# How the kNN is read, as DINO reads it (arXiv 2104.14294: k = 20, temperature 0.07); MoCo's notebook has 200 and 0.1.
+# How the kNN is read: as DINO reads it (arXiv 2104.14294), and as the official CIFAR-10 notebook of MoCo does.
 KNN_K, KNN_TEMPERATURE = 20, 0.07
+NOTEBOOKS_KNN = {"k": 200, "temperature": 0.1}
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def knn_top1(
     Similarity is the cosine; each neighbour votes for its class with weight exp(similarity / temperature).
 
     Args:
-        train (n, D), test (n', D): features; labels int64.
+        train (n, D), test (n', D): features; labels int64; all on one device.
         k: neighbours; fewer are used if there are fewer training images.
     """
     train = F.normalize(train, dim=1)
@@ -67,7 +68,7 @@ def knn_top1(
     right = 0
     for batch, labels in zip(F.normalize(test, dim=1).split(500), test_labels.split(500), strict=True):
         similarity, neighbours = (batch @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(batch), classes)
+        votes = torch.zeros(len(batch), classes, device=batch.device)
         votes.scatter_add_(1, train_labels[neighbours], torch.exp((similarity - similarity[:, :1]) / temperature))
         right += int((votes.argmax(dim=1) == labels).sum())
     return 100 * right / len(test)

@@ -114,7 +114,7 @@ class MemoryBank(Mechanism):
         n = len(self.bank)
         if n - 1 <= self.K:
             return Contrast(q, self.bank[index], self.bank, exclude=index[:, None] == torch.arange(n, device=q.device))
-        sample = permutation(n, self.seed, int(self.steps), device=q.device)[: self.K]
+        sample = permutation(n, self.seed, self.steps, device=q.device)[: self.K]
         return Contrast(q, self.bank[index], self.bank[sample], exclude=index[:, None] == sample)
 
     def update_key_encoder(self) -> None:
@@ -180,7 +180,7 @@ class MoCo(Mechanism):
         """Keys (N, C) of a view (N, 3, H, W), without gradient, in the view's order."""
         if not self.shuffle:
             return self.key_encoder(view)
-        order = permutation(len(view), self.seed, int(self.steps), device=view.device)
+        order = permutation(len(view), self.seed, self.steps, device=view.device)
         return self.key_encoder(view[order])[torch.argsort(order)]
 
     @torch.no_grad()

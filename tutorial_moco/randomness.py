@@ -26,7 +26,6 @@ def hash_words(*key: int | Tensor) -> Tensor:
     h = torch.zeros((), dtype=torch.int64)
     for part in key:
         part = torch.as_tensor(part, dtype=torch.int64)
-        h = h.to(part.device) if part.ndim else h
         h = _mix((h + 0x9E3779B9 + (part & _WORD)) & _WORD)
     return h
 
@@ -36,8 +35,8 @@ def uniform(*key: int | Tensor) -> Tensor:
     return (hash_words(*key) >> 8).to(torch.float32).mul_(2.0**-24)
 
 
-def permutation(n: int, *key: int, device: torch.device | str = "cpu") -> Tensor:
-    """A permutation of ``range(n)``, int64 (n,), that is a function of the key alone."""
+def permutation(n: int, *key: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """A permutation of ``range(n)``, int64 (n,), that is a function of the key alone (whole numbers)."""
     words = hash_words(*key, torch.arange(n, device=device))
     # The position breaks the rare ties of 32-bit words, so that every platform sorts alike.
     return torch.argsort((words << 31) + torch.arange(n, device=device))

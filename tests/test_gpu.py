@@ -1,0 +1,87 @@
+"""What only a GPU can show. Skipped where there is none."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from tutorial_moco import pretrain as training
+from tutorial_moco.augment import AUGMENTATIONS, RecordedViews, two_views
+from tutorial_moco.encoders import SplitBatchNorm2d
+from tutorial_moco.images import load_images
+from tutorial_moco.recipes import Recipe
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+GPU = torch.device("cuda")
+RECIPE = Recipe(encoder="tiny", K=256, batch_size=64, norm="split:8", shuffle=True)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_images("shapes", "train").take(slice(512))
+
+
+def losses(images, recipe: Recipe, steps: int, **how) -> list[float]:
+    run, found = training.start(recipe, images, GPU, torch.float32, **how), []
+    on_gpu = images.images.to(GPU)
+    for epoch, index in islice(training.batches(len(images), recipe, 0, GPU), steps):
+        found.append(training.train_step(run, on_gpu[index], index, epoch)[0])
+    return found
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_views_are_those_of_the_processor(name, images):
+    batch, index = images.images[:16], torch.arange(16)
+    for ours, theirs in zip(two_views(batch.to(GPU), index.to(GPU), name), two_views(batch, index, name), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, atol=2e-3, rtol=0)
+
+
+def test_views_are_made_without_waiting_for_the_gpu(images):
+    batch, index = images.images[:16].to(GPU), torch.arange(16, device=GPU)
+    two_views(batch, index, "cifar")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        two_views(batch, index, "cifar", epoch=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_recorded_views_follow_images_and_epoch(images):
+    recorded = RecordedViews()
+    for epoch in range(3):
+        index = torch.arange(16 * epoch, 16 * epoch + 16, device=GPU)
+        batch = images.images.to(GPU)[index]
+        both = zip(recorded(batch, index, "cifar", epoch=epoch), two_views(batch, index, "cifar", epoch=epoch), strict=True)
+        for ours, theirs in both:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_all_parts_at_once_are_part_by_part():
+    torch.manual_seed(0)
+    norms = [SplitBatchNorm2d(6, 4).to(GPU) for _ in range(2)]
+    x = torch.randn(16, 6, 5, 5, device=GPU).to(memory_format=torch.channels_last)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = norms[0].part_by_part(inputs[0]), norms[1](inputs[1])
+    for y in outputs:
+        y.square().sum().backward()
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*(i.grad for i in inputs), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(norms[0].running_var, norms[1].running_var)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"symmetric": True}, {"mechanism": "memory_bank", "norm": "batch", "shuffle": False},
+    {"mechanism": "end_to_end", "norm": "batch", "shuffle": False}, {"mechanism": "simclr", "norm": "batch", "shuffle": False},
+], ids=["moco", "symmetric", "memory_bank", "end_to_end", "simclr"])  # fmt: skip
+def test_a_compiled_run_takes_the_same_steps(changes, images):
+    """Kernels that add in another order differ in the last digits, and training multiplies that."""
+    recipe = RECIPE.replace(**changes)
+    plain, compiled = losses(images, recipe, 6), losses(images, recipe, 6, compile=True)
+    assert compiled == pytest.approx(plain, rel=5e-3)
+
+
+def test_a_gpu_trains_as_the_processor_does(images):
+    run, expected = training.start(RECIPE, images, torch.device("cpu"), torch.float32), []
+    for epoch, index in islice(training.batches(len(images), RECIPE, 0, run.device), 4):
+        expected.append(training.train_step(run, images.images[index], index, epoch)[0])
+    assert losses(images, RECIPE, 4) == pytest.approx(expected, rel=5e-3)
