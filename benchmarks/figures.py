@@ -35,7 +35,8 @@ Verdicts are computed, not chosen, and there are many: of twenty such intervals 
 images. Both are percent of all test images.
 
 This page and its pictures are written by `make figures` from the rows in [data/](../data/README.md), which `make study`
-measures. Nothing in it is typed in but what is cited.
+measures. Nothing in it is typed in but what is cited. An experiment that has no rows yet is left out;
+`python -m benchmarks.study --list` names it.
 """
 
 
@@ -54,10 +55,11 @@ def redraw(flags: Flags) -> str:
     if not rows:
         raise DataError(f"{flags.data} has no study-cpu.jsonl or study-gpu.jsonl: make it with python -m benchmarks.study")
     page, drawn = [INTRODUCTION], 0
-    with tqdm(total=len(rows) * len(SECTIONS), unit="section", desc="drawing") as bar:
+    parts = {scale: measured_sections(found) for scale, found in rows.items()}
+    with tqdm(total=sum(map(len, parts.values())), unit="section", desc="drawing") as bar:
         for scale, measured in rows.items():  # a processor's and a GPU's never meet
             page.append(opening(scale, measured))
-            for section in SECTIONS:
+            for section in parts[scale]:
                 pictures = [draw(picture, scale, measured, flags.out) for picture in section.pictures]
                 drawn += sum(picture.startswith("!") for picture in pictures)
                 page.append(chapter(scale, section, measured, pictures))
@@ -65,6 +67,11 @@ def redraw(flags: Flags) -> str:
     results = flags.out.parent / "RESULTS.md"
     write_file("--out", results, "\n".join(page).encode())
     return f"{drawn} pictures in {flags.out}, and {results}"
+
+
+def measured_sections(rows: list[dict]) -> list[Section]:
+    """The sections that rows have something to say about."""
+    return [section for section in SECTIONS if any(row["experiment"] == section.experiment for row in rows)]
 
 
 def draw(picture: tuple, scale: str, rows: list[dict], out: Path) -> str:
@@ -86,7 +93,7 @@ def opening(scale: str, rows: list[dict]) -> str:
     """The title of a scale, what was trained, and all verdicts at a glance."""
     table = ["| claim | there | here |", "|---|---|---|"]
     counts = Counter()
-    for section in SECTIONS:
+    for section in measured_sections(rows):
         for found in findings(section, rows):
             claim = found[0].claim
             table.append(f"| [{claim.says}](#{scale}-{section.experiment}) | {claim.there} | {in_short(found)} |")

@@ -144,6 +144,11 @@ def symmetric(base: Recipe, labels: Tensor) -> list[Job]:
     ]
 
 
+def reference(base: Recipe, labels: Tensor) -> list[Job]:
+    """The official notebook's two trainings, whose curve is known; of its encoder only."""
+    return [Job(base), Job(base.replace(symmetric=True))] if base.encoder == "resnet18" else []
+
+
 def losses(base: Recipe, labels: Tensor) -> list[Job]:
     """InfoNCE and NCE, each with a queue and with a bank."""
     mechanisms = ("moco", "memory_bank")
@@ -194,6 +199,7 @@ def check(base: Recipe, labels: Tensor) -> list[Job]:
 
 EXPERIMENTS: dict[str, Callable[[Recipe, Tensor], list[Job]]] = {
     "check": check,
+    "reference": reference,
     "K": negatives,
     "m": momentum,
     "temperature": temperature,

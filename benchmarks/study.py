@@ -53,6 +53,8 @@ def study(flags: Flags) -> str:
     base = BASES[flags.encoder].replace(**({} if flags.epochs is None else {"epochs": flags.epochs}))
     only = chosen(flags.only)  # a wrong name is told before anything is loaded
     jobs = plan(base, load(flags.data)[0].labels, flags.seeds, only)
+    if not jobs:
+        raise UsageError(f"--only {flags.only} has no runs for --encoder {flags.encoder}: it is for another")
     scale = flags.scale or ("gpu" if speed.default_device().type == "cuda" else "cpu")
     path = flags.out / f"study-{scale}.jsonl"
     if not flags.list:

@@ -237,6 +237,15 @@ def test_a_view_depends_on_its_image_and_key_and_not_on_the_batch_around_it(name
         torch.testing.assert_close(single, view[7:8], rtol=0, atol=2e-5)
 
 
+def test_an_epoch_may_be_a_tensor_as_a_recorded_step_needs_it():
+    images, index = random_images(), torch.arange(8)
+    for number, tensor in zip(
+        augment.two_views(images, index, "cifar", epoch=3),
+        augment.two_views(images, index, "cifar", epoch=torch.tensor(3)), strict=True,
+    ):  # fmt: skip
+        assert torch.equal(number, tensor)
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"view": 1}, {"index": torch.arange(8) + 8}])
 def test_each_part_of_the_key_gives_another_view(change):
     images, recipe = random_images(), AUGMENTATIONS["cifar"][0]

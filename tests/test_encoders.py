@@ -119,6 +119,35 @@ def test_split_statistics_have_the_gradient_of_separate_layers():
     torch.testing.assert_close(found, expected)
 
 
+def test_all_parts_at_once_are_part_by_part_in_output_gradient_and_statistics():
+    """What a GPU computes: one formula in place of many calls."""
+    layers = [SplitBatchNorm2d(5, 4) for _ in range(2)]
+    for layer in layers:
+        layer.load_state_dict({"weight": normal(5, seed=1), "bias": normal(5, seed=2)}, strict=False)
+    inputs = [normal(8, 5, 3, 3).to(memory_format=torch.channels_last).requires_grad_() for _ in range(2)]
+    outputs = layers[0].part_by_part(inputs[0]), layers[1].all_parts_at_once(inputs[1])
+    torch.testing.assert_close(*outputs)
+    assert outputs[1].is_contiguous(memory_format=torch.channels_last)
+    for y in outputs:
+        (y * normal(8, 5, 3, 3, seed=3)).sum().backward()
+    torch.testing.assert_close(*(x.grad for x in inputs))
+    for one, other in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict())
+
+
+@pytest.mark.parametrize("norm", ["batch", "split:4", "group"])
+@pytest.mark.parametrize("name", ["small", "resnet18"])
+def test_an_encoder_is_compiled_as_one_piece(name, norm, monkeypatch):
+    monkeypatch.setattr(SplitBatchNorm2d, "part_by_part", SplitBatchNorm2d.all_parts_at_once)
+    encoder = build_encoder(name, norm=norm)
+    plain, x = build_encoder(name, norm=norm), normal(8, 3, 32, 32)
+    plain.load_state_dict(encoder.state_dict())
+    compiled = torch.compile(encoder, backend="eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(x), plain(x))
+    torch.testing.assert_close(encoder.state_dict(), plain.state_dict())
+
+
 def test_in_evaluation_split_batch_norm_is_batch_norm():
     split, plain = SplitBatchNorm2d(5, 4), nn.BatchNorm2d(5)
     split(normal(8, 5, 3, 3))

@@ -107,7 +107,7 @@ def test_a_run_counts_its_steps_and_records_finite_points(changes):
     for point in run.losses:
         assert point["K"] == expected_K if expected_K else 19 <= point["K"] <= 20  # a sample may hold the query's own key
     assert [point["step"] for point in run.monitor] == [5, 10, 15, 20]
-    assert all(set(point) == {"step", "seconds", "images_seen", "knn_top1", "knn_top1_k200"} for point in run.monitor)
+    assert all(set(point) == {"step", "seconds", "images_seen", "knn_top1", "knn_top1_notebook"} for point in run.monitor)
     assert all(0 <= point["knn_top1"] <= 100 for point in run.monitor)
     summary = run.summary()
     assert summary["mechanism"] == recipe.mechanism
@@ -119,6 +119,20 @@ def test_a_run_counts_its_steps_and_records_finite_points(changes):
     assert summary["peak_memory_bytes"] > 10e6
     assert summary["precision"] == "float32"
     assert summary["seed"] == 0
+
+
+def test_the_knn_can_be_taken_after_given_epochs():
+    run = train(BASE.replace(epochs=5), test=random_images(20, seed=1, split="test"), monitor=(1, 2, 5))
+    assert [point["step"] for point in run.monitor] == [4, 8, 20]
+
+
+def test_a_compiled_run_is_the_same_run(monkeypatch):
+    """The compiler itself takes a minute and is tried on a GPU; here that each encoder is handed to it, and nothing changes."""
+    handed = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **how: handed.append(module))
+    compiled = train(BASE, compile=True)
+    assert handed == [compiled.mechanism.encoder, compiled.mechanism.key_encoder]
+    assert_equal_bit_by_bit(compiled, train(BASE))
 
 
 def test_a_point_of_the_loss_curve_is_the_mean_since_the_last_one():

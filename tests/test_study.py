@@ -21,6 +21,7 @@ from tutorial_moco.results import by, load_rows, mean_and_interval, provenance_l
 
 LABELS = torch.arange(50_000) % 10
 SMALL = Recipe(encoder="tiny", dim=8, K=64, batch_size=32, lr=0.05)
+ANYWHERE = [name for name in EXPERIMENTS if name != "reference"]  # that is of ResNet-18 alone
 TOLERANCE = 3.0  # percent of accuracy by which another machine's `check` may differ: its rounding does, step by step
 
 
@@ -112,9 +113,18 @@ def test_a_part_of_the_images_is_a_draw_that_the_seed_decides():
 def test_each_seed_is_a_whole_picture_before_the_next_begins():
     jobs = plan(SMALL, LABELS, 3)
     assert [job.recipe.seed for job in jobs] == sorted(job.recipe.seed for job in jobs)
-    assert {job.experiment for job in jobs if job.recipe.seed == 0} == set(EXPERIMENTS)
-    assert {job.experiment for job in jobs if job.recipe.seed == 2} == set(EXPERIMENTS) - {"check"}
+    assert {job.experiment for job in jobs if job.recipe.seed == 0} == set(ANYWHERE)
+    assert {job.experiment for job in jobs if job.recipe.seed == 2} == set(ANYWHERE) - {"check"}
     assert len(set(jobs)) == len(jobs)
+
+
+def test_the_reference_is_the_official_notebooks_recipe_asymmetric_and_symmetric():
+    assert plan(SMALL, LABELS, 1, ["reference"]) == []
+    one, other = plan(BASES["resnet18"], LABELS, 1, ["reference"])
+    assert (one.recipe, other.recipe) == (BASES["resnet18"], BASES["resnet18"].replace(symmetric=True))
+    # Trained once for both experiments.
+    twins = plan(BASES["resnet18"], LABELS, 1, ["symmetric"])[:2]
+    assert [job.identity("") for job in twins] == [one.identity(""), other.identity("")]
 
 
 # ---- running it
@@ -238,19 +248,24 @@ def test_the_plan_is_listed_with_the_minutes_that_rows_suggest(run, tmp_path, ca
     assert run("--list") == (0, None)
     assert not (tmp_path / "rows").exists()
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed[2:-1]] == list(EXPERIMENTS)
+    assert [line.split()[0] for line in listed[2:-1]] == ANYWHERE
     assert next(line for line in listed if line.startswith("loss")).split() == ["loss", "4", "0", "4", "?"]
     run("--only", "loss")
+    path = tmp_path / "rows/study-cpu.jsonl"
+    rows = [json.loads(line) | {"wall_seconds": 600} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     capsys.readouterr()
     run("--only", "loss,m", "--list")
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in listed[2:4]] == [["loss", "4", "4", "0", "0"], ["m", "7", "0", "7", "0"]]
+    # Ten minutes for each m but the recipe's own, which loss has trained.
+    assert [line.split() for line in listed[2:4]] == [["loss", "4", "4", "0", "0"], ["m", "7", "0", "7", "60"]]
 
 
 @pytest.mark.parametrize(
     ("flags", "status", "told"),
     [
-        (["--only", "loss,k"], 2, "--only k is not known: choose of check, K, m"),
+        (["--only", "loss,k"], 2, "--only k is not known: choose of check, reference, K, m"),
+        (["--only", "reference"], 2, "--only reference has no runs for --encoder tiny"),
         (["--seeds", "0"], 2, "--seeds must be at least 1"),
         (["--encoder", "huge"], 2, "--encoder"),
         (["--epochs", "0"], 2, "--epochs must be at least 1"),

@@ -45,12 +45,13 @@ def compare(
     monitor: int = 5,
     baselines: bool = True,
     precision: torch.dtype | None = None,
+    compile: bool = False,
 ) -> dict[str, object]:
     """Train each recipe, evaluate it on all test images, print a table and write ``out/report.html``.
 
     Args:
         recipes: of different mechanisms; every one gets the same minutes (or its own epochs).
-        baselines: also evaluate raw pixels and the untrained encoder.
+        baselines: also evaluate raw pixels and the untrained encoder. Others as for `pretrain`.
 
     Returns:
         provenance, and ``results``: a dictionary for each mechanism and baseline, as written by ``--json``.
@@ -65,7 +66,9 @@ def compare(
         results["untrained"] = evaluate_features(*features["untrained"], train, test)
     for recipe in recipes:
         folder = out / recipe.mechanism if len(recipes) > 1 else out
-        run = pretrain(recipe, train, test, minutes=minutes, out=folder, monitor=monitor, device=device, dtype=precision)
+        run = pretrain(
+            recipe, train, test, minutes=minutes, out=folder, monitor=monitor, device=device, dtype=precision, compile=compile
+        )  # fmt: skip
         features[recipe.mechanism] = features_of(run, train, test)
         accuracy = evaluate_features(*features[recipe.mechanism], train, test)
         results[recipe.mechanism] = {

@@ -3,7 +3,8 @@
 Rows are those of `results.load_rows`; a picture picks its own experiment. A dot is a mean over seeds, its bar the 95 %
 interval of that mean (Student's t); of one seed there is no bar, and the line under the picture says so. Rows that differ in
 something the picture does not show are refused, so that no curve mixes two recipes, two data sets or two machines' encoders.
-What comes from a paper is drawn in a panel of its own, hollow, with its citation.
+What comes from a paper is drawn in a panel of its own, hollow, with its citation; only the reference curve, whose recipe is the
+official notebook's own, shares its panels with it.
 
 Every function raises `DataError`, one line that says what is missing, if there is nothing to draw.
 """
@@ -34,6 +35,7 @@ from tutorial_moco.results import (
 ACCURACIES = {"knn_top1": "kNN", "linear_top1": "linear classifier"}
 PRETEXT, MLP, SUPERVISED, FAILED, GREY = "#D55E00", "#D55E00", "#000000", "#B03000", "#555555"
 DRIFT_COLOURS = ("#6DB6E8", "#0072B2", "#00304D")  # from a fast key encoder to a slow one
+REFERENCE_COLOURS = {False: "#0072B2", True: "#CC5F9E"}  # asymmetric, symmetric
 MARKERS = {"moco": "o", "memory_bank": "s", "end_to_end": "^"}
 V1, V2 = "arXiv 1911.05722", "arXiv 2003.04297"
 
@@ -47,6 +49,12 @@ PAPER_TAU = {
     "linear": {0.07: 60.6, 0.1: 60.7, 0.2: 59.0, 0.3: 58.2, 0.4: 57.2, 0.5: 56.4},
     "mlp": {0.07: 62.9, 0.1: 64.9, 0.2: 66.2, 0.3: 65.7, 0.4: 65.0, 0.5: 64.3},
 }
+# The authors' notebook moco_cifar10_demo, asymmetric: after so many epochs the mean loss of the epoch, and kNN in percent.
+NOTEBOOK_CURVE = {
+    1: (6.96, 32.0), 2: (7.25, 33.5), 3: (7.29, 34.7), 5: (6.86, 38.0), 10: (5.99, 48.0), 20: (4.34, 61.4), 30: (3.69, 67.1),
+    50: (3.20, 73.3), 100: (2.73, 78.1), 150: (2.43, 81.2), 200: (2.27, 82.6),
+}  # fmt: skip
+NOTEBOOK_SYMMETRIC = {200: 85.3}
 
 # Pictures ------------------------------------------------------------------------------------------------------------
 
@@ -183,6 +191,43 @@ def symmetric(rows: list[dict]) -> Figure:
     groups = by(of_experiment(rows, "symmetric"), "symmetric", "epochs")
     names = [f"{'symmetric' if both else 'asymmetric'},\n{epochs} epochs" for both, epochs in groups]
     return bars(names, list(groups.values()), "a symmetric step encodes twice as much as an asymmetric one")
+
+
+def reference_curve(rows: list[dict]) -> Figure:
+    """Loss and kNN through the epochs with the official notebook's recipe, and the notebook's own as hollow dots."""
+    groups = by(of_experiment(rows, "reference"), "symmetric")
+    fig = figure(7.4, 3.7)
+    (loss, knn), ends = fig.subplots(1, 2), []
+    for (symmetric,), runs in groups.items():
+        style = {"color": REFERENCE_COLOURS[symmetric], "linewidth": 1.4}
+        for run in came_through(runs, "reference"):
+            known = [point for point in run["losses"] if point["epoch"] >= 1]
+            name = "symmetric" if symmetric else "asymmetric"
+            loss.plot([point["epoch"] for point in known], [point["loss"] for point in known], label=name, **style)
+            epochs = [point["images_seen"] / run["n"] for point in run["monitor"]]
+            for reading, dashes in (("knn_top1", "-"), ("knn_top1_notebook", ":")):
+                if all(reading in point for point in run["monitor"]):
+                    knn.plot(epochs, [point[reading] for point in run["monitor"]], dashes, **style)
+            last = run["monitor"][-1]["knn_top1"]
+            ends.append((f"{last:.1f}", epochs[-1], last, style["color"]))
+    dots = {"linestyle": "none", "marker": "o", "markersize": 5, "markerfacecolor": "none"}
+    for axes, column, name in (loss, 0, "the notebook"), (knn, 1, None):
+        values = [point[column] for point in NOTEBOOK_CURVE.values()]
+        axes.plot(list(NOTEBOOK_CURVE), values, color=REFERENCE_COLOURS[False], label=name, **dots)
+    knn.plot(*zip(*NOTEBOOK_SYMMETRIC.items(), strict=True), color=REFERENCE_COLOURS[True], **dots)
+    for axes, name in (loss, "loss"), (knn, "kNN accuracy (%)"):
+        log_ticks(axes, (1, 3, 10, 30, 100, 200), ["1", "3", "10", "30", "100", "200"])
+        axes.set(xlabel="epoch")
+        title(axes, name)
+    knn.set_xlim(right=200 * 1.9)  # room for the figures
+    for end in apart(knn, ends):
+        name_line(knn, *end)
+    handles = dict(zip(*reversed(loss.get_legend_handles_labels()), strict=True))
+    fig.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
+    dotted = any("knn_top1_notebook" in point for runs in groups.values() for run in runs for point in run["monitor"])
+    read = "kNN of features, k = 20" + "; dotted: of keys, k = 200, as the notebook reads it" * dotted
+    under(fig, f"lines: {seeds_of(groups.values())}, {read}\nhollow: the authors' notebook moco_cifar10_demo")
+    return fig
 
 
 def losses(rows: list[dict]) -> Figure:

@@ -15,7 +15,7 @@ from tutorial_moco.augment import AUGMENTATIONS, RecordedViews, plain_view, two_
 from tutorial_moco.checkpoint import load_checkpoint, pack, save_checkpoint, unpack
 from tutorial_moco.encoders import build_encoder
 from tutorial_moco.errors import UsageError
-from tutorial_moco.evaluate import NOTEBOOKS_KNN, extract_features, knn_top1
+from tutorial_moco.evaluate import extract_features, knn_top1, notebooks_knn_top1
 from tutorial_moco.images import ImageSet
 from tutorial_moco.losses import estimate_log_z, info_nce, nce, pretext_accuracy
 from tutorial_moco.mechanisms import Contrast, EndToEnd, Mechanism, MemoryBank, MoCo, SimCLR
@@ -331,14 +331,14 @@ def watch(run: Run, train: ImageSet, test: ImageSet) -> None:
 
     From some thousands of images so that it costs little; on a GPU from all.
     """
-    backbone, data = run.mechanism.encoder.backbone, []
+    encoder, data = run.mechanism.encoder, []
     for images, most in (train, MONITOR_TRAIN), (test, MONITOR_TEST):
         few = images if run.device.type == "cuda" else images.take(permutation(len(images), 0)[:most])
-        features = extract_features(backbone, few.images, dtype=run.dtype)
+        features = extract_features(encoder.backbone, few.images, dtype=run.dtype)
         data += [features.to(run.device), few.labels.to(run.device)]
     run.monitor.append({
         "step": run.step, "seconds": run.seconds, "images_seen": run.images_seen,
-        "knn_top1": knn_top1(*data), "knn_top1_k200": knn_top1(*data, **NOTEBOOKS_KNN),
+        "knn_top1": knn_top1(*data), "knn_top1_notebook": notebooks_knn_top1(encoder.head, *data),
     })  # fmt: skip
 
 

@@ -25,6 +25,7 @@ VARIED = {  # in which settings the rows of an experiment and a mechanism differ
     "temperature": ("temperature", "head"),
     "shuffling_bn": ("norm", "shuffle"),
     "symmetric": ("symmetric", "epochs"),
+    "reference": ("symmetric",),
     "loss": ("loss",),
     "data_size": ("n", "epochs"),
     "cost": ("K", "batch_size"),
