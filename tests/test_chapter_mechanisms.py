@@ -298,16 +298,6 @@ def test_consistency_draws_the_means_of_the_ages():
     assert fig.axes[0].lines[0].get_ydata() == pytest.approx([0.8, 0.4])
 
 
-def test_without_rows_a_picture_says_so(monkeypatch, capsys):
-    def nothing(name):
-        raise mechanism_figures.DataError("data/study-cpu.jsonl does not exist")
-
-    monkeypatch.setattr(mechanism_figures, "load_rows", nothing)
-    fig = mechanism_figures.measured(lambda rows: rows[0], "K")
-    assert "not measured yet" in fig.texts[0].get_text()
-    assert mechanism_figures.rows_of("K", "cost") == []
-
-
 # ---- sliders
 
 

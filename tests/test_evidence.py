@@ -245,6 +245,27 @@ def test_a_training_that_broke_down_is_worth_guessing(rows):
     assert found.verdict == CAME_OUT
 
 
+# ---- for the chapters
+
+
+def test_a_chapter_shows_the_mechanisms_it_has_come_to(monkeypatch, rows, capsys):
+    monkeypatch.setattr(evidence, "load_rows", lambda name: [row for row in rows if row["experiment"] == name])
+    fig = evidence.measured(evidence.scoreboard, "ceilings", "K", only=("pixels", "untrained", "moco"))
+    names = [name for name, _, _ in evidence.score_groups(rows)]
+    assert [tick.get_text() for tick in fig.axes[0].get_yticklabels()] == [*names[:2], names[4]]
+    assert "measured 2026-11-26 with commit abc" in capsys.readouterr().out
+
+
+def test_without_rows_a_picture_says_so(monkeypatch):
+    def nothing(name):
+        raise DataError("data/study-cpu.jsonl does not exist")
+
+    monkeypatch.setattr(evidence, "load_rows", nothing)
+    fig = evidence.measured(lambda rows: rows[0], "K")
+    assert "not measured yet" in fig.texts[0].get_text()
+    assert evidence.rows_of("K", "cost") == []
+
+
 # ---- the page
 
 

@@ -10,7 +10,7 @@ Every function raises `DataError`, one line that says what is missing, if there 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,9 +24,11 @@ from tutorial_moco.results import (
     by,
     chance_top1,
     field,
+    load_rows,
     mean_and_interval,
     of_experiment,
     pretext_accuracy,
+    provenance_line,
     step_memory,
     step_ms,
     values,
@@ -55,6 +57,35 @@ NOTEBOOK_CURVE = {
     50: (3.20, 73.3), 100: (2.73, 78.1), 150: (2.43, 81.2), 200: (2.27, 82.6),
 }  # fmt: skip
 NOTEBOOK_SYMMETRIC = {200: 85.3}
+
+# For the chapters ----------------------------------------------------------------------------------------------------
+
+
+def measured(draw: Callable[[list[dict]], Figure], *experiments: str, only: Iterable[str] = ()) -> Figure:
+    """``draw`` of the shipped rows of these experiments, with a line on their provenance; without rows a picture says so.
+
+    Args:
+        only: the mechanisms to show, ``pixels``, ``untrained`` and ``supervised`` among them; all if empty.
+    """
+    rows = [row for row in rows_of(*experiments) if not only or row["mechanism"] in only]
+    try:
+        fig = draw(rows)
+    except (DataError, IndexError, ValueError):  # too few rows for this picture
+        fig = figure(6.4, 0.8)
+        words = "not measured yet: python -m benchmarks.study --only " + ",".join(experiments)
+        fig.text(0.5, 0.5, words, ha="center", va="center", fontsize=9)
+        return fig
+    print(provenance_line(rows))
+    return fig
+
+
+def rows_of(*experiments: str) -> list[dict]:
+    """The shipped rows of these experiments; none where nothing has been measured yet."""
+    try:
+        return [row for name in experiments for row in load_rows(name)]
+    except DataError:
+        return []
+
 
 # Pictures ------------------------------------------------------------------------------------------------------------
 
@@ -286,22 +317,20 @@ def drift(rows: list[dict]) -> Figure:
     """Cosine of stored keys with the same view encoded now, against their age: the queue for each m, and the bank."""
     rows = came_through(rows, "drift")
     momenta = sorted({row["m"] for row in rows if row["mechanism"] == "moco"})
-    fig, ends = figure(7.2, 3.9), []
+    fig = figure(7.2, 3.9)
     axes = fig.add_subplot(xlabel="age of a key (steps)", ylabel="cosine with its view encoded now", xscale="log")
     groups = by(rows, "mechanism", "m")
     for (mechanism, m), runs in groups.items():
         queue = mechanism == "moco"
         colour = DRIFT_COLOURS[momenta.index(m) % len(DRIFT_COLOURS)] if queue else COLOURS[mechanism]
-        for run in runs:  # seeds differ less than keys: a line and a pale band for each
+        name = f"queue, m = {m:g}" if queue else TITLES[mechanism]
+        for number, run in enumerate(runs):  # seeds differ less than keys: a line and a pale band for each
             ages, cosines, sds = ([point[name] for point in run["drift"]] for name in ("age", "cosine", "sd"))
-            axes.plot(ages, cosines, color=colour, linewidth=1.4, label=f"{mechanism} {m:g}")
+            axes.plot(ages, cosines, color=colour, linewidth=1.4, label="" if number else name)
             low, high = ([cosine + sign * sd for cosine, sd in zip(cosines, sds, strict=True)] for sign in (-1, 1))
             axes.fill_between(ages, low, high, color=colour, alpha=0.18 / len(runs), linewidth=0)
-        ends.append((f"queue, m = {m:g}" if queue else TITLES[mechanism], ages[-1], cosines[-1], colour))
     axes.set_ylim(top=1.0)
-    axes.set_xlim(right=axes.get_xlim()[1] * 2.6)  # room for the names
-    for end in apart(axes, ends):
-        name_line(axes, *end)
+    legend_above(fig, axes)
     axes.xaxis.set_major_formatter("{x:,g}")
     dress(axes)
     under(

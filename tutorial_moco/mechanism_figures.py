@@ -4,7 +4,7 @@ Each function returns a matplotlib Figure and changes nothing. What a mechanism 
 it: one step is taken, and what has got a gradient, what has followed and what has been written is what is drawn.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -18,11 +18,9 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from tutorial_moco.errors import DataError
 from tutorial_moco.figures import COLOURS, TITLES, bare, figure
 from tutorial_moco.losses import info_nce
 from tutorial_moco.mechanisms import Mechanism
-from tutorial_moco.results import load_rows, provenance_line
 
 GREY, GRADIENT, FOLLOWS = "#555555", "#D55E00", "#0072B2"
 NAMES = {"EndToEnd": "end_to_end", "MemoryBank": "memory_bank", "MoCo": "moco", "SimCLR": "simclr"}
@@ -340,28 +338,6 @@ def memory_against_K(kept: float, batch: int, images: int, dim: int = 128, budge
 
 
 # Measured rows -------------------------------------------------------------------------------------------------------
-
-
-def rows_of(*experiments: str) -> list[dict]:
-    """The measured rows of these experiments; none where nothing has been measured yet."""
-    try:
-        return [row for name in experiments for row in load_rows(name)]
-    except DataError:
-        return []
-
-
-def measured(draw: Callable[[list[dict]], Figure], *experiments: str) -> Figure:
-    """``draw`` of these experiments' rows, and a line on where they come from; if there are none, a picture that says so."""
-    rows = rows_of(*experiments)
-    try:
-        fig = draw(rows)
-    except (DataError, IndexError, ValueError):  # too few rows for this picture
-        fig = figure(6.4, 0.8)
-        words = "not measured yet: python -m benchmarks.study --only " + ",".join(experiments)
-        fig.text(0.5, 0.5, words, ha="center", va="center", fontsize=9)
-        return fig
-    print(provenance_line(rows))
-    return fig
 
 
 def _plain(axes: Axes) -> None:
