@@ -92,6 +92,41 @@ def test_an_excluded_negative_gets_no_gradient_and_an_included_one_does():
     assert (negatives.grad[1:].abs().sum(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize("at_once", [1, 12, 30, 35])
+def test_info_nce_in_parts_is_info_nce_in_loss_and_gradient(at_once, monkeypatch):
+    found = []
+    for limit in (losses.LOGITS_AT_ONCE, 6 * at_once):
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", limit)
+        tensors = [unit(n, 16, seed).requires_grad_() for n, seed in ((6, 0), (6, 1), (36, 2))]
+        exclude = torch.arange(6)[:, None] == torch.arange(36) % 7
+        plain, some = losses.info_nce(*tensors, 0.2), losses.info_nce(*tensors, 0.2, exclude)
+        found.append((plain, some, *torch.autograd.grad(plain + some, tensors)))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-6)
+
+
+def test_info_nce_in_parts_leaves_out_a_part_that_is_wholly_excluded(monkeypatch):
+    q, k, negatives = unit(4, 8, 0).requires_grad_(), unit(4, 8, 1), unit(10, 8, 2)
+    exclude = (torch.arange(10) < 5).expand(4, -1)
+    expected = losses.info_nce(q, k, negatives[5:], 0.1)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * 5)
+    found = losses.info_nce(q, k, negatives, 0.1, exclude)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, q)
+    assert gradient.isfinite().all()
+
+
+def test_the_memory_of_info_nce_does_not_grow_with_K(monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 8 * 64)
+    largest = []
+    for K in (128, 4096):
+        kept, q, negatives = [], unit(8, 16, 0).requires_grad_(), unit(K, 16, 1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            losses.info_nce(q, unit(8, 16, 2), negatives, 0.1)
+        largest.append(max(kept))
+    assert largest == [64 * 16] * 2  # a part of the negatives themselves; all logits would be 8 x 4096
+
+
 def test_the_full_softmax_is_info_nce_with_all_other_images_as_negatives():
     n, N = 12, 5
     bank, q, index = unit(n, 8, 0), unit(N, 8, 1), torch.tensor([3, 0, 11, 7, 4])

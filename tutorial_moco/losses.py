@@ -14,6 +14,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB of them, and as much again for their gradient
 
 
 def contrastive_logits(q: Tensor, k: Tensor, negatives: Tensor, temperature: float, exclude: Tensor | None = None) -> Tensor:
@@ -39,14 +42,28 @@ def info_nce(q: Tensor, k: Tensor, negatives: Tensor, temperature: float, exclud
     """InfoNCE: -log( exp(q.k+ / tau) / sum_i exp(q.k_i / tau) ), the mean over queries (MoCo, equation 1).
 
     A (1 + K)-way classification in which the right answer is always class 0, so the labels are all zero. Guessing costs
-    log(K + 1). Arguments as in `contrastive_logits`; returns a scalar.
+    log(K + 1). Arguments as in `contrastive_logits`; returns a scalar. Of more than ``LOGITS_AT_ONCE`` logits a part at a time
+    is held, and is computed once more in the backward pass: memory does not grow with K beyond that.
 
     >>> q = torch.eye(4)[:2]
     >>> info_nce(q, q, negatives=torch.eye(4)[2:], temperature=1.0)  # log(1 + 2 / e)
     tensor(0.5514)
     """
-    logits = contrastive_logits(q, k, negatives, temperature, exclude)
-    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+    K_at_once = max(1, LOGITS_AT_ONCE // len(q))
+    if len(negatives) <= K_at_once:
+        logits = contrastive_logits(q, k, negatives, temperature, exclude)
+        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+    q = q.float() / temperature
+    positive, parts = (q * k).sum(dim=1), negatives.split(K_at_once)
+    excluded = [None] * len(parts) if exclude is None else exclude.split(K_at_once, dim=1)
+    sums = [checkpoint(_log_sum_exp, q, *part, use_reentrant=False) for part in zip(parts, excluded, strict=True)]
+    return (torch.logsumexp(torch.stack([positive, *sums]), dim=0) - positive).mean()
+
+
+def _log_sum_exp(q: Tensor, negatives: Tensor, exclude: Tensor | None) -> Tensor:
+    """log of the sum of exp(q.k) over negatives that are not excluded, (N,); of none -inf."""
+    logits = q @ negatives.T
+    return torch.logsumexp(logits if exclude is None else logits.masked_fill(exclude, -torch.inf), dim=1)
 
 
 def nce(
