@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import islice
 from statistics import median
 
@@ -191,7 +192,7 @@ def accuracies(
     features = [extract_features(backbone, images.images, dtype=dtype) for images in (train, test)]
     data = features[0], train.labels, features[1], test.labels
     found = {"knn_top1": knn_top1(*data), "linear_top1": linear_top1(*data)}
-    return found if head is None else found | {"knn_top1_notebook": notebooks_knn_top1(head.cpu(), *data)}
+    return found if head is None else found | {"knn_top1_notebook": notebooks_knn_top1(deepcopy(head).cpu(), *data)}
 
 
 def drift_by_age(run: Run, images: Tensor) -> list[dict]:
