@@ -149,14 +149,15 @@ def test_the_same_recipe_gives_the_same_run():
 # Recapturing these needs a written reason: a change to them is a change to what every past result was trained with.
 # Captured with torch 2.14 on x86-64 (AVX-512), float32, one thread, once the hue turned about (1, 1, 1), which is nearer
 # to torchvision's than the turn in YIQ was, and a first pass filled the memory bank.
+# Both of NCE were captured again when its normaliser became that of the step at hand.
 GOLDEN = {
     "moco": [5.28307, 3.66416, 3.03646, 2.63671, 2.63442],
     "memory_bank": [5.13619, 4.89942, 5.14194, 6.58439, 4.30483],
     "end_to_end": [6.84100, 3.33428, 3.08306, 2.90559, 2.92623],
     "simclr": [7.88049, 3.44280, 3.46840, 3.46944, 3.37314],
     "moco_symmetric_shuffled": [5.77107, 5.80406, 5.48941, 2.92731, 2.13093],
-    "moco_nce_adamw": [6.60595, 7.11542, 8.95796, 7.54762, 6.38611],
-    "memory_bank_nce_all": [7.69680, 7.73221, 8.50660, 10.36517, 7.94612],
+    "moco_nce_adamw": [6.60595, 6.89524, 8.72995, 7.46407, 5.92410],
+    "memory_bank_nce_all": [7.69680, 7.62913, 7.65267, 8.90857, 5.96042],
 }
 
 
@@ -275,7 +276,6 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(name, tmp_path, m
     again = train(recipe, test=test, monitor=2, out=tmp_path)
     assert again.step == whole.step == 8
     assert_equal_bit_by_bit(again, whole)
-    assert again.log_z == whole.log_z
     assert [point["knn_top1"] for point in again.monitor] == [point["knn_top1"] for point in whole.monitor]
     saved, state = load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert state["step"] == 8

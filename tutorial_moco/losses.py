@@ -77,7 +77,8 @@ def nce(
 
     Args:
         n: number of images the negatives are drawn from.
-        log_z: log Z, as `estimate_log_z` gives it, averaged over steps. From one batch alone it is badly off.
+        log_z: log Z, as `estimate_log_z` gives it for these queries and keys. A mean over steps lags behind where keys change
+            quickly, as in a fresh queue: all noise looks like the own key until it has followed (docs/LOG.md).
         Others as in `contrastive_logits`.
     """
     logits = contrastive_logits(q, k, negatives, temperature) - log_z

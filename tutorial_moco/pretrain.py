@@ -48,7 +48,6 @@ class Run:
     data_hash: str = ""  # theirs: a run does not go on with others
     step: int = 0
     seconds: float = 0.0  # of training; evaluation is not counted
-    log_z: float | None = None  # NCE's normaliser, averaged over steps
     window: list[float] = field(default_factory=list)  # losses since the last point of the curve
     pretext_accuracy: float = 0.0  # of the last step that `is_logged`
     losses: list[dict[str, float]] = field(default_factory=list)  # the curve, a point every LOG_EVERY steps
@@ -169,14 +168,12 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
 
 
 def loss_of(run: Run, contrast: Contrast) -> Tensor:
-    """The recipe's loss of one step, a scalar; NCE's normaliser follows the keys with a running mean."""
+    """The recipe's loss of one step, a scalar."""
     q, k, negatives, exclude = contrast
     temperature = run.recipe.temperature
     if run.recipe.loss == "info_nce":
         return info_nce(q, k, negatives, temperature, exclude)
-    now = estimate_log_z(q, negatives, temperature, run.n).item()
-    run.log_z = now if run.log_z is None else 0.9 * run.log_z + 0.1 * now
-    return nce(q, k, negatives, temperature, run.n, run.log_z, exclude)
+    return nce(q, k, negatives, temperature, run.n, estimate_log_z(q, negatives, temperature, run.n), exclude)
 
 
 def batches(n: int, recipe: Recipe, step: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -278,7 +275,7 @@ def save_run(run: Run, out: Path) -> None:
     """Everything that going on needs, into ``out/checkpoint.safetensors``."""
     state = {
         "recipe": run.recipe.to_json(), "dtype": str(run.dtype).removeprefix("torch."), "step": run.step,
-        "seconds": run.seconds, "log_z": run.log_z, "window": run.window, "losses": run.losses, "monitor": run.monitor,
+        "seconds": run.seconds, "window": run.window, "losses": run.losses, "monitor": run.monitor,
         "data_hash": run.data_hash,
         "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes(run.device)),
     }  # fmt: skip
@@ -296,7 +293,7 @@ def resume(run: Run, out: Path) -> None:
         raise UsageError(f"--out {out} holds a run on other images: choose another --out")
     unpack(tensors, mechanism=run.mechanism, optimizer=run.optimizer)
     run.dtype = getattr(torch, state["dtype"])
-    for name in ("step", "seconds", "log_z", "window", "losses", "monitor", "peak_memory_bytes"):
+    for name in ("step", "seconds", "window", "losses", "monitor", "peak_memory_bytes"):
         setattr(run, name, state[name])
     print(f"going on from step {run.step:,} in {out}", file=sys.stderr)
 
