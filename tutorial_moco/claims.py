@@ -137,7 +137,7 @@ SECTIONS = (
         "The recipe is that of their CIFAR-10 notebook, whose loss and kNN are known at eleven epochs. The losses can be laid "
         "over each other. The accuracies can be only in part: the notebook reads them of keys, not of features, and on the "
         "original images. The line under the picture says which images these are, "
-        "[LOG.md](LOG.md) how much of a gap is the reading.",
+        "docs/LOG.md how much of a gap is the reading.",
         (("reference", evidence.reference_curve, "Loss and kNN through 200 epochs, and the notebook's own as hollow dots."),),
     ),
     Section(
