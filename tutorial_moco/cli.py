@@ -65,7 +65,7 @@ class RunFlags(DataFlags):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the encoders; auto measures which is faster here."""
     compile: bool = False
-    """Let torch.compile write the encoders' kernels: a minute once, then twice the speed or more on a GPU, little without."""
+    """Let torch.compile write the encoders' kernels: about a minute once, then faster steps on a GPU."""
     settings: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
 
 
