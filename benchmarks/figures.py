@@ -58,7 +58,7 @@ def redraw(flags: Flags) -> str:
     parts = {scale: measured_sections(found) for scale, found in rows.items()}
     with tqdm(total=sum(map(len, parts.values())), unit="section", desc="drawing") as bar:
         for scale, measured in rows.items():  # a processor's and a GPU's never meet
-            page.append(opening(scale, measured))
+            page.append(opening(scale, measured, parts[scale]))
             for section in parts[scale]:
                 pictures = [draw(picture, scale, measured, flags.out) for picture in section.pictures]
                 drawn += sum(picture.startswith("!") for picture in pictures)
@@ -89,11 +89,11 @@ def draw(picture: tuple, scale: str, rows: list[dict], out: Path) -> str:
 # The page ------------------------------------------------------------------------------------------------------------
 
 
-def opening(scale: str, rows: list[dict]) -> str:
+def opening(scale: str, rows: list[dict], sections: list[Section]) -> str:
     """The title of a scale, what was trained, and all verdicts at a glance."""
     table = ["| claim | there | here |", "|---|---|---|"]
     counts = Counter()
-    for section in measured_sections(rows):
+    for section in sections:
         for found in findings(section, rows):
             claim = found[0].claim
             table.append(f"| [{claim.says}](#{scale}-{section.experiment}) | {claim.there} | {in_short(found)} |")

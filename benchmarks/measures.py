@@ -23,12 +23,12 @@ from tutorial_moco.compare import knn_of_pixels, untrained
 from tutorial_moco.diagnose import key_drift
 from tutorial_moco.errors import UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1, linear_top1, notebooks_knn_top1
+from tutorial_moco.evidence import NOTEBOOK_CURVE
 from tutorial_moco.images import ImageSet
 from tutorial_moco.pretrain import Run, batches, build_optimizer, check, pretrain, set_learning_rate, start, train_step
 from tutorial_moco.provenance import provenance
 from tutorial_moco.recipes import Recipe
 
-NOTEBOOKS_EPOCHS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 150, 200)  # at which the official notebook's kNN is known
 CURVE_POINTS = 100  # of the loss curve, of some thousands: all rows together are to stay small
 DRIFT_BINS = 40
 COST_WARM_UP, COST_STEPS = 2, 8
@@ -64,7 +64,7 @@ def pretrained(job: Job, part: ImageSet, train: ImageSet, test: ImageSet, device
     """Pre-train and read the features."""
     watched, dtype = (None, torch.float32) if job.kind == "check" else (test, None)
     on_gpu = device.type == "cuda"
-    monitor = [e for e in NOTEBOOKS_EPOCHS if e < job.recipe.epochs] + [job.recipe.epochs] if on_gpu else 5
+    monitor = [e for e in NOTEBOOK_CURVE if e < job.recipe.epochs] + [job.recipe.epochs] if on_gpu else 5
     run = pretrain(
         job.recipe, part, watched, monitor=monitor, device=device, dtype=dtype, compile=on_gpu, progress=False
     )  # fmt: skip

@@ -324,6 +324,7 @@ def test_a_processors_rows_and_a_gpus_are_kept_apart(redraw, rows):
     assert "a laptop" not in card
     assert "gpu-K" not in card  # not measured there
     assert "study-gpu-m.png" in card
+    assert "study-gpu-K.png" not in page
     assert not (redraw.folder / "docs/pictures/study-gpu-K.png").exists()
 
 

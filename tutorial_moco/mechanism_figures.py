@@ -337,9 +337,6 @@ def memory_against_K(kept: float, batch: int, images: int, dim: int = 128, budge
     return fig
 
 
-# Measured rows -------------------------------------------------------------------------------------------------------
-
-
 def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)

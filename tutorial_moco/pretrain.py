@@ -324,19 +324,18 @@ def _negatives_of_a_query(contrast: Contrast) -> int:
 
 
 def watch(run: Run, train: ImageSet, test: ImageSet) -> None:
-    """Add a point to the kNN curve, as this package reads it and as the official notebook does.
+    """Add a point to the kNN curve, from some thousands of images so that it costs little.
 
-    From some thousands of images so that it costs little; on a GPU from all.
+    On a GPU from all, and also as the official notebook reads it, whose curve it can then be laid beside.
     """
-    encoder, data = run.mechanism.encoder, []
+    encoder, on_gpu, data = run.mechanism.encoder, run.device.type == "cuda", []
     for images, most in (train, MONITOR_TRAIN), (test, MONITOR_TEST):
-        few = images if run.device.type == "cuda" else images.take(permutation(len(images), 0)[:most])
+        few = images if on_gpu else images.take(permutation(len(images), 0)[:most])
         features = extract_features(encoder.backbone, few.images, dtype=run.dtype)
         data += [features.to(run.device), few.labels.to(run.device)]
-    run.monitor.append({
-        "step": run.step, "seconds": run.seconds, "images_seen": run.images_seen,
-        "knn_top1": knn_top1(*data), "knn_top1_notebook": notebooks_knn_top1(encoder.head, *data),
-    })  # fmt: skip
+    notebooks = {"knn_top1_notebook": notebooks_knn_top1(encoder.head, *data)} if on_gpu else {}
+    at = {"step": run.step, "seconds": run.seconds, "images_seen": run.images_seen}
+    run.monitor.append(at | {"knn_top1": knn_top1(*data)} | notebooks)
 
 
 def progress_bar(run: Run, total: float, by_time: bool, progress: bool) -> tqdm:
