@@ -14,7 +14,7 @@ from notebooks import FOLDER, NAMES, cells
 from tutorial_moco.widgets import FRAMES
 
 CHAPTERS = [name for name in NAMES if not name.startswith("00")]  # 00 is the way in, and has no exercises
-LINES = 20  # of a code cell, at most
+LINES, COLUMNS = 20, 112  # of a code cell, at most: wider ones scroll sideways in JupyterLab on a small screen
 BYTES = 2 * 2**20  # of a chapter
 
 
@@ -77,10 +77,11 @@ def test_it_is_small_and_holds_no_path_of_a_machine(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cells_are_short(name):
+def test_cells_are_short_and_narrow(name):
     lengths = [len(cell.splitlines()) for cell in cells(name)]
     assert max(lengths) <= LINES
     assert median(lengths) <= 8
+    assert [line for cell in cells(name) for line in cell.splitlines() if len(line) > COLUMNS] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
