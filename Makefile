@@ -3,6 +3,8 @@
 # make lab    set up and open JupyterLab
 # make notebooks  run the chapters and write their outputs
 # make book   make the chapters, with the outputs they have, a book: build/book/html/index.html
+# make slides  set up and make slides of chapters 01 to 05: build/slides
+# make classroom  set up, make the students' versions of the assignments, try the grader, grade a class of twelve: build/classroom
 # make bench  set up and measure the training speed beside the usual way, lightly, and the limit
 # make study  set up and measure the paper's claims: hours; stop it at any time, the same command goes on
 # make figures  draw every picture of the study and write docs/RESULTS.md, from the rows in data/
@@ -10,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OFFLINE := PYTHONPATH=$(CURDIR)/tests/offline TUTORIAL_MOCO_DATA=shapes
-.PHONY: demo test lab bench study figures notebooks book lint clean
+.PHONY: demo test lab bench study figures notebooks book slides classroom lint clean
 
 demo: $(VENV)/ready-demo
 	$(BIN)/tutorial-moco compare --data shapes --minutes 0.8
@@ -42,11 +44,18 @@ notebooks: $(VENV)/ready-notebooks
 book: $(VENV)/ready-book
 	$(BIN)/python book/build.py
 
+slides: $(VENV)/ready-book
+	$(BIN)/python book/slides.py
+
+classroom: $(VENV)/ready-classroom
+	$(BIN)/python tests/classroom.py
+
 # One environment; each command adds what it needs, and again when pyproject.toml has changed.
 $(VENV)/ready-demo: EXTRAS =
-$(VENV)/ready-test: EXTRAS = [notebooks,book,test]
+$(VENV)/ready-test: EXTRAS = [notebooks,book,classroom,test]
 $(VENV)/ready-notebooks: EXTRAS = [notebooks]
 $(VENV)/ready-book: EXTRAS = [notebooks,book]
+$(VENV)/ready-classroom: EXTRAS = [notebooks,classroom]
 $(VENV)/ready-benchmarks: EXTRAS = [benchmarks]
 $(VENV)/ready-%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from notebooks import NAMES, cells
 from tutorial_moco import losses
-from tutorial_moco.checks import CheckFailed, check_enqueue, check_info_nce, check_momentum_update, compare
+from tutorial_moco.checks import READ, CheckFailed, check_enqueue, check_info_nce, check_momentum_update, compare
 
 
 def right_info_nce(q, k, negatives, temperature):
@@ -178,3 +179,11 @@ def test_compare_names_the_first_tensor_that_differs(capsys):
         compare(a=(a, a), b=(a, a + 1), c=(a, a[:2]))
     with pytest.raises(CheckFailed, match=r"^a is the first"):
         compare(a=(a, a[:2]), b=(a, a + 1))
+
+
+@pytest.mark.parametrize("place", sorted(set(READ.values())))
+def test_where_to_read_is_a_section_of_a_chapter(place):
+    chapter, section = place.split(", ", 1)
+    [name] = [name for name in NAMES if name.startswith(chapter)]
+    headings = [line.lstrip("# ") for cell in cells(name, "markdown") for line in cell.splitlines() if line.startswith("#")]
+    assert section in headings

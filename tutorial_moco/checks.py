@@ -5,7 +5,13 @@ functions that hold one real, published mistake each; the one that agrees names 
 and not a guess, and a test makes every check meet every one of its mistakes.
 """
 
-from collections.abc import Callable
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +20,45 @@ from torch import Tensor, nn
 from tutorial_moco import losses
 from tutorial_moco.mechanisms import MoCo
 
+SECONDS = 30.0  # that a reader's function may take for one call
+PATIENCE = float(os.environ.get("TUTORIAL_MOCO_PATIENCE", "1"))  # times as much on a slow machine
+
+
+READ = {  # chapter and section, by the name that a message begins with
+    "softmax": "01, From similarities to a loss",
+    "info_nce": "01, From similarities to a loss",
+    "nce": "01, Three losses, and what $K$ means in each",
+    "gradient": "01, What the temperature does",
+    "effective_negatives": "01, What the temperature does",
+    "enqueue": "02, A ring",
+    "oldest": "02, How old is a key?",
+    "ages": "02, How old is a key?",
+    "Queue": "02, What is in the queue before anything is?",
+    "momentum_update": "03, The update",
+    "ema": "03, A filter",
+    "half_life": "03, A filter",
+    "similarity_by_age": "03, The staleness laboratory",
+    "keys_of": "04, Shuffling BN, and the leak it mends",
+    "moco_step": "04, Rung three: write it, and see every shape (15 minutes)",
+    "train": "04, Train it",
+    "first_queue": "02, The bug: a start that was not normalised",
+    "views_of": "01, A question that needs no labels",
+    "logits_of": "01, From similarities to a loss",
+    "embed": "01, From similarities to a loss",
+    "look_up": "04, Rung one: order the lines (8 minutes)",
+}
+
 
 class CheckFailed(AssertionError):
     """What the check found, in a line or two, and where to read."""
+
+    def __init__(self, message: str):
+        place = READ.get(re.split(r"[:,. (]", message)[0], "").replace("$", "")
+        super().__init__(f"{message} Read: chapter {place}." if place else message)
+
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows in place of a traceback: the line alone (IPython looks for this method)."""
+        return [f"[not yet] {self}"]
 
 
 def check_info_nce(yours: Callable) -> None:
@@ -73,7 +115,7 @@ def check_enqueue(yours: Callable) -> None:
         queue, pointer = _unit(K, 4, seed=0), 0
         for step, batch in enumerate(keys):
             before = queue.clone()
-            pointer = _called(yours, "enqueue", queue, pointer, batch)
+            pointer = _called(yours, f"enqueue (K={K}, a batch of {len(batch)})", queue, pointer, batch)
             if pointer is None:
                 raise CheckFailed("enqueue: it returns nothing. Return the new pointer, the place of the oldest key.")
             expected, place = right[step]
@@ -162,6 +204,29 @@ def compare(**pairs: tuple[Tensor, Tensor]) -> None:
         raise CheckFailed(f"{first} is the first that differs: the mistake is in the line that makes {first}, or before it.")
 
 
+class TimeLimit(BaseException):
+    """The time is up. Not an Exception, so that a reader's own ``except Exception`` doesn't swallow it."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeLimit` in the body after so many seconds, where the system can (not on Windows, and in the main thread)."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TimeLimit
+
+    before = signal.signal(signal.SIGALRM, stop)
+    outer = signal.setitimer(signal.ITIMER_REAL, seconds * PATIENCE, 1.0)  # then each second, should the code catch everything
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *outer)
+        signal.signal(signal.SIGALRM, before)
+
+
 # What the checks are made of -----------------------------------------------------------------------------------------
 
 
@@ -180,10 +245,16 @@ def _unit(n: int, dim: int, seed: int) -> Tensor:
 def _called(yours: Callable, name: str, *arguments):
     """What the reader's function returns; an unwritten one and an exception are told in a line."""
     try:
-        answer = yours(*arguments)
+        # Warnings are no failure, but nbgrader takes any stderr for one.
+        with contextlib.redirect_stderr(sys.stdout), time_limit(SECONDS):
+            answer = yours(*arguments)
+    except TimeLimit:
+        raise CheckFailed(f"{name}: still running after {SECONDS * PATIENCE:g} s. Is there a loop without end?") from None
     except NotImplementedError:
         raise CheckFailed(f"{name}: not written yet. Fill the gap, then run this cell again.") from None
     except Exception as error:
+        if "ellipsis" in str(error):
+            raise CheckFailed(f"{name}: there are still dots (...) in it. Fill the gaps, then run this cell again.") from None
         raise CheckFailed(f"{name} stopped with {type(error).__name__}: {error}") from error
     if answer is ...:
         raise CheckFailed(f"{name}: not written yet. Replace the dots, then run this cell again.")

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import secrets
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ usage: tutorial-moco COMMAND [FLAGS]
   evaluate   read a checkpoint's features on any images
   data       look at a data set: sizes, classes, a contact sheet
   doctor     is everything here that the chapters need? [OK], or [FAIL] and the mend
+  check      the visible checks of an assignment on your notebook: check A2 my_notebook.ipynb
+  grade      points, feedback and a class report for a folder or zip of notebooks (for lecturers)
 
 Every command says more with --help. Images (--data) are `shapes`, drawn by the program; `cifar10`, `cifar100` or
 `stl10`, downloaded once; or a folder split/class/image, or a .tar, .tar.xz, .tar.gz or .zip of one.
@@ -111,6 +114,36 @@ class Doctor:
     """Also write the answers to this file."""
 
 
+@dataclass(frozen=True)
+class Check:
+    """The visible checks of an assignment on your notebook: what is right, what is not yet, and the likely mistake."""
+
+    assignment: tyro.conf.Positional[str]
+    """A1 to A6."""
+    notebook: tyro.conf.Positional[Path]
+    """Your notebook; functions are found in it by their names."""
+    json: Path | None = None
+    """Also write the result to this file."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Grade a folder or zip of notebooks with nbgrader: points, reasons, a feedback page each, a report for the lecturer."""
+
+    assignment: tyro.conf.Positional[str]
+    """A1 to A6."""
+    submissions: tyro.conf.Positional[Path]
+    """Folder or zip with a folder or notebook for each student; Moodle's and Canvas's are understood."""
+    out: Path = Path("graded")
+    """Folder for the results, one for all assignments; what was graded by hand stays."""
+    course: Path = Path("notebooks/assignments")
+    """The folder of the repository that holds source/ and nbgrader_config.py."""
+    secret: Path | None = None
+    """A file with any text that students don't know, which decides the inputs of the hidden tests; drawn anew if left out."""
+    json: Path | None = None
+    """Also write the result to this file."""
+
+
 def run_pretrain(flags: Pretrain) -> dict:
     """One mechanism."""
     return _train(flags, [flags.settings], baselines=False)
@@ -181,6 +214,35 @@ def run_doctor(flags: Doctor) -> dict:
     return result
 
 
+@contextlib.contextmanager
+def told_if_missing(extra: str):
+    """A package of an optional extra that is not installed is told in a line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error.name} is not installed: pip install 'tutorial_moco[{extra}]'") from error
+
+
+def run_check(flags: Check) -> dict:
+    """A student's own look at their notebook."""
+    with told_if_missing("notebooks"):
+        from tutorial_moco.classroom.check import check
+
+    return check(flags.assignment, flags.notebook)
+
+
+def run_grade(flags: Grade) -> dict:
+    """A lecturer's grading."""
+    with told_if_missing("classroom"):
+        from tutorial_moco.classroom.grade import grade
+
+    try:
+        secret = flags.secret.read_bytes().hex() if flags.secret else secrets.token_hex()
+    except OSError as error:
+        raise UsageError(f"--secret {flags.secret} cannot be read: {error.strerror}") from error
+    return grade(flags.assignment, flags.submissions, flags.out, flags.course, secret)
+
+
 def load(flags: DataFlags):
     """The training images and those to evaluate on, with a line that says what they are."""
     from tutorial_moco.images import hold_out, load_images
@@ -212,6 +274,8 @@ COMMANDS = {
     "evaluate": (Evaluate, run_evaluate),
     "data": (Data, run_data),
     "doctor": (Doctor, run_doctor),
+    "check": (Check, run_check),
+    "grade": (Grade, run_grade),
 }
 
 

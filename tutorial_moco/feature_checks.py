@@ -132,6 +132,8 @@ def _number(found, name: str) -> Tensor:
     """A float, or a tensor of one number, as a tensor."""
     if isinstance(found, Tensor) and found.numel() == 1:
         return found.detach().reshape(()).float()
+    if found is ...:
+        raise CheckFailed(f"{name}: there are still dots (...) in it. Fill the gaps, then run this cell again.")
     if not isinstance(found, (int, float)):
         kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise CheckFailed(f"{name}: it returns {kind}, not one number. Is the mean taken, and is the `return` there?")
