@@ -184,7 +184,7 @@ def test_help_of_a_command_mentions_every_flag_and_explains_it(command):
     if issubclass(flags_type, cli.RunFlags):
         names += [field.name for field in dataclasses.fields(Recipe)]
     for name in names:
-        assert re.search(rf"--{name.replace('_', '-')}[ ,\n]", result.out), name
+        assert re.search(rf"--{name.replace('_', '-')}[ ,\n]|{name.upper()}", result.out), name
     assert flags_type.__doc__.splitlines()[0].split(":")[0] in " ".join(result.out.split())
 
 

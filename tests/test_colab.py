@@ -35,7 +35,11 @@ def runtime(tmp_path_factory):
             (folder / "usual" / path.name).symlink_to(path)
     own = next((folder / "env").glob("lib/*/site-packages"))
     (own / "usual.pth").write_text(f"{folder / 'usual'}\n")
-    for name in ("tutorial_moco", "data"):  # of a copy: setuptools leaves a folder behind, and would take from it again
+    for name in (
+        "tutorial_moco",
+        "data",
+        "notebooks/assignments/release",
+    ):  # of a copy: setuptools leaves a folder behind, and would take from it again
         shutil.copytree(FOLDER.parent / name, folder / "source" / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(FOLDER.parent / name, folder / "source")
@@ -82,3 +86,6 @@ def test_a_chapter_runs_in_an_empty_environment(runtime):
     printed = "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", ()))
     assert "[OK] info_nce agrees with tutorial_moco.losses.info_nce" in printed
     assert "does not exist" not in printed  # measured runs and encoders came with the wheel
+    asked = "from tutorial_moco.classroom.check import released; print([len(released(f'A{n}')) for n in range(1, 7)])"
+    found = subprocess.run([python, "-c", asked], capture_output=True, cwd=folder, env=environment, text=True)
+    assert found.stdout == "[2, 2, 2, 2, 2, 2]\n", found.stderr  # and so did the assignments, for `tutorial-moco check`

@@ -9,7 +9,7 @@ import secrets
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -118,9 +118,9 @@ class Doctor:
 class Check:
     """The visible checks of an assignment on your notebook: what is right, what is not yet, and the likely mistake."""
 
-    assignment: tyro.conf.Positional[str]
+    assignment: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ASSIGNMENT")]
     """A1 to A6."""
-    notebook: tyro.conf.Positional[Path]
+    notebook: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="NOTEBOOK")]
     """Your notebook; functions are found in it by their names."""
     json: Path | None = None
     """Also write the result to this file."""
@@ -130,9 +130,9 @@ class Check:
 class Grade:
     """Grade a folder or zip of notebooks with nbgrader: points, reasons, a feedback page each, a report for the lecturer."""
 
-    assignment: tyro.conf.Positional[str]
+    assignment: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ASSIGNMENT")]
     """A1 to A6."""
-    submissions: tyro.conf.Positional[Path]
+    submissions: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SUBMISSIONS")]
     """Folder or zip with a folder or notebook for each student; Moodle's and Canvas's are understood."""
     out: Path = Path("graded")
     """Folder for the results, one for all assignments; what was graded by hand stays."""
