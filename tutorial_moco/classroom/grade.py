@@ -285,6 +285,8 @@ def reasons(cell) -> list[str]:
             lines.append("it took too long and was stopped." if timeout else output.evalue or output.ename)
         elif output.output_type == "stream" and output.name == "stdout":
             lines += [line.split("] ", 1)[1] for line in output.text.splitlines() if line.startswith("[0 of ")]
+        elif output.output_type == "stream":
+            lines.append(f"it wrote to stderr, which nbgrader takes for a failure: {output.text.strip()[:100]}")
     return lines
 
 
