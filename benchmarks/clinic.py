@@ -19,6 +19,7 @@ from tutorial_moco import breakages, speed
 from tutorial_moco import pretrain as training
 from tutorial_moco.augment import two_views
 from tutorial_moco.breakages import BREAKAGES, HEALTHY, SYMPTOMS, Breakage
+from tutorial_moco.classroom.step_checks import weights_of
 from tutorial_moco.cli import parse
 from tutorial_moco.errors import UsageError
 from tutorial_moco.files import write_whole
@@ -98,9 +99,7 @@ def vital_signs(run: Run, images: ImageSet) -> dict[str, float]:
     view_q, view_k = two_views(images.images[index], index, run.recipe.augmentation, epoch=99)
     q, k = moco.encoder(view_q), moco.key_encoder(view_k)
     asked = moco.contrast(view_q, view_k, index).q
-    weights, theirs = (
-        torch.cat([parameter.flatten() for parameter in module.parameters()]) for module in (moco.encoder, moco.key_encoder)
-    )
+    weights, theirs = (weights_of(module) for module in (moco.encoder, moco.key_encoder))
     steps = -(-moco.K // run.recipe.batch_size)
     renewed = (moco.born >= 0) & (moco.ages() <= steps)
     return {

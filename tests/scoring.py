@@ -18,7 +18,20 @@ matplotlib.use("Agg")
 def answers(name: str) -> list[tuple[str, str, str, str]]:
     """(wrong or right, test, what, code) of each answer to an assignment in tests/answers."""
     text = (Path(__file__).parent / "answers" / f"{name}.py").read_text()
-    return re.findall(r"^# (wrong|right)(?: \[(.*?)\])?: ([^\n]*)\n(.*?)(?=^# (?:wrong|right)|\Z)", text, re.S | re.M)
+    found = re.findall(r"^# (wrong|right)(?: \[(.*?)\])?: ([^\n]*)\n(.*?)(?=^# (?:wrong|right)|\Z)", text, re.S | re.M)
+    return [(*head, edited(name, code) if code.startswith("# - ") else code) for *head, code in found]
+
+
+def edited(name: str, edits: str) -> str:
+    """The solution's cell with some lines out (``# -``, which each occur once) and others in their place (``# +``)."""
+    changes = re.findall(r"^# - (.*)\n((?:# \+ .*\n?)*)", edits, re.M)
+    cells = [cell.source for cell in solution(read_source(name)).cells if is_answer(cell, "code")]
+    [cell] = [f"{cell}\n" for cell in cells if changes[0][0] in cell]
+    for old, new in changes:
+        [line] = [line for line in cell.splitlines() if line.strip() == old]
+        indent = line[: len(line) - len(old)]
+        cell = cell.replace(line + "\n", "".join(f"{indent}{put[4:]}\n" for put in new.splitlines()))
+    return cell
 
 
 def score(name: str, answers: str = "", *, upto: str | None = None, figures: bool = False) -> dict[str, tuple[float, str]]:

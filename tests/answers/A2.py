@@ -1,5 +1,6 @@
 # ruff: noqa
 # Answers to assignment A2, in parts: `# wrong [test]: what` loses points on that test, `# right: how` has full points.
+# `# -` and `# +` lines are the solution with these lines out and in.
 
 # wrong [enqueue-check]: always at place 0
 def enqueue(queue, pointer, keys):
@@ -135,94 +136,31 @@ def ages(K, batch, steps):
 
 
 # wrong [queue-check]: the first keys are not normalised
-class Queue:
-    def __init__(self, K, dim):
-        self.keys, self.pointer = torch.randn(K, dim), 0
-
-    def enqueue(self, keys):
-        self.pointer = enqueue(self.keys, self.pointer, keys)
-
-    def state(self):
-        return {"keys": self.keys.clone(), "pointer": torch.tensor(self.pointer)}
-
-    def load(self, state):
-        self.keys, self.pointer = state["keys"].clone(), int(state["pointer"])
-
+# - self.keys = F.normalize(torch.randn(K, dim), dim=1)
+# + self.keys = torch.randn(K, dim)
 
 # wrong [queue-check]: the pointer is lost on resume
-class Queue:
-    def __init__(self, K, dim):
-        self.keys, self.pointer = F.normalize(torch.randn(K, dim), dim=1), 0
-
-    def enqueue(self, keys):
-        self.pointer = enqueue(self.keys, self.pointer, keys)
-
-    def state(self):
-        return {"keys": self.keys.clone()}
-
-    def load(self, state):
-        self.keys = state["keys"].clone()
-
+# - return {"keys": self.keys.clone(), "pointer": torch.tensor(self.pointer)}
+# + return {"keys": self.keys.clone()}
+# - self.pointer = int(state["pointer"])
 
 # wrong [queue-check]: the queue is lost on resume
-class Queue:
-    def __init__(self, K, dim):
-        self.keys, self.pointer = F.normalize(torch.randn(K, dim), dim=1), 0
-
-    def enqueue(self, keys):
-        self.pointer = enqueue(self.keys, self.pointer, keys)
-
-    def state(self):
-        return {"pointer": torch.tensor(self.pointer)}
-
-    def load(self, state):
-        self.pointer = int(state["pointer"])
-
+# - return {"keys": self.keys.clone(), "pointer": torch.tensor(self.pointer)}
+# + return {"pointer": torch.tensor(self.pointer)}
+# - self.keys = state["keys"].clone()
 
 # wrong [queue-hidden]: the state is no copy
-class Queue:
-    def __init__(self, K, dim):
-        self.keys, self.pointer = F.normalize(torch.randn(K, dim), dim=1), 0
-
-    def enqueue(self, keys):
-        self.pointer = enqueue(self.keys, self.pointer, keys)
-
-    def state(self):
-        return {"keys": self.keys, "pointer": torch.tensor(self.pointer)}
-
-    def load(self, state):
-        self.keys, self.pointer = state["keys"].clone(), int(state["pointer"])
-
+# - return {"keys": self.keys.clone(), "pointer": torch.tensor(self.pointer)}
+# + return {"keys": self.keys, "pointer": torch.tensor(self.pointer)}
 
 # wrong [queue-hidden]: loading makes no copy
-class Queue:
-    def __init__(self, K, dim):
-        self.keys, self.pointer = F.normalize(torch.randn(K, dim), dim=1), 0
-
-    def enqueue(self, keys):
-        self.pointer = enqueue(self.keys, self.pointer, keys)
-
-    def state(self):
-        return {"keys": self.keys.clone(), "pointer": torch.tensor(self.pointer)}
-
-    def load(self, state):
-        self.keys, self.pointer = state["keys"], int(state["pointer"])
-
+# - self.keys = state["keys"].clone()
+# + self.keys = state["keys"]
 
 # wrong [queue-hidden]: each queue starts with the same keys
-class Queue:
-    def __init__(self, K, dim):
-        torch.manual_seed(0)
-        self.keys, self.pointer = F.normalize(torch.randn(K, dim), dim=1), 0
-
-    def enqueue(self, keys):
-        self.pointer = enqueue(self.keys, self.pointer, keys)
-
-    def state(self):
-        return {"keys": self.keys.clone(), "pointer": torch.tensor(self.pointer)}
-
-    def load(self, state):
-        self.keys, self.pointer = state["keys"].clone(), int(state["pointer"])
+# - self.keys = F.normalize(torch.randn(K, dim), dim=1)
+# + torch.manual_seed(0)
+# + self.keys = F.normalize(torch.randn(K, dim), dim=1)
 
 
 # right: key by key

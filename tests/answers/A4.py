@@ -1,5 +1,6 @@
 # ruff: noqa
 # Answers to assignment A4, in parts: `# wrong [test]: what` loses points on that test, `# right: how` has full points.
+# `# -` and `# +` lines are the solution with these lines out and in.
 
 # wrong [keys-of-check]: the keys stay in shuffled order
 def keys_of(f_k, view, order):
@@ -38,278 +39,70 @@ def keys_of(f_k, view, order):
 
 
 # wrong [moco-step-check]: enqueued before the loss
-def moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, m, temperature):
-    N, K = len(view_q), len(queue)
-    q = F.normalize(f_q(view_q), dim=1)
-    with torch.no_grad():
-        k = F.normalize(f_k(view_k), dim=1)
-        queue[(pointer + torch.arange(N)) % K] = k
-    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1) / temperature
-    loss = F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        for theta_k, theta_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
-            theta_k.mul_(m).add_(theta_q, alpha=1 - m)
-    return loss.item(), (pointer + N) % K
-
+# - k = F.normalize(f_k(view_k), dim=1)
+# + k = F.normalize(f_k(view_k), dim=1)
+# + queue[(pointer + torch.arange(N)) % K] = k
+# - queue[rows[-K:]] = k[-K:]
 
 # wrong [moco-step-check]: queries are enqueued
-def moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, m, temperature):
-    N, K = len(view_q), len(queue)
-    q = F.normalize(f_q(view_q), dim=1)
-    with torch.no_grad():
-        k = F.normalize(f_k(view_k), dim=1)
-    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1) / temperature
-    loss = F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        for theta_k, theta_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
-            theta_k.mul_(m).add_(theta_q, alpha=1 - m)
-        queue[(pointer + torch.arange(N)) % K] = q.detach()
-    return loss.item(), (pointer + N) % K
-
+# - queue[rows[-K:]] = k[-K:]
+# + queue[rows[-K:]] = q.detach()[-K:]
 
 # wrong [moco-step-check]: the momentum update comes before the optimizer's step
-def moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, m, temperature):
-    N, K = len(view_q), len(queue)
-    q = F.normalize(f_q(view_q), dim=1)
-    with torch.no_grad():
-        k = F.normalize(f_k(view_k), dim=1)
-        for theta_k, theta_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
-            theta_k.mul_(m).add_(theta_q, alpha=1 - m)
-    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1) / temperature
-    loss = F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    queue[(pointer + torch.arange(N)) % K] = k
-    return loss.item(), (pointer + N) % K
-
+# - theta_k.mul_(m).add_(theta_q, alpha=1 - m)
+# + pass
+# - k = F.normalize(f_k(view_k), dim=1)
+# + k = F.normalize(f_k(view_k), dim=1)
+# + for theta_k, theta_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
+# +     theta_k.mul_(m).add_(theta_q, alpha=1 - m)
 
 # wrong [moco-step-check]: gradients add up
-def moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, m, temperature):
-    N, K = len(view_q), len(queue)
-    q = F.normalize(f_q(view_q), dim=1)
-    with torch.no_grad():
-        k = F.normalize(f_k(view_k), dim=1)
-    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1) / temperature
-    loss = F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        for theta_k, theta_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
-            theta_k.mul_(m).add_(theta_q, alpha=1 - m)
-        queue[(pointer + torch.arange(N)) % K] = k
-    return loss.item(), (pointer + N) % K
-
+# - optimizer.zero_grad()
 
 # wrong [moco-step-check]: right only where K is a multiple of N
-def moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, m, temperature):
-    N, K = len(view_q), len(queue)
-    q = F.normalize(f_q(view_q), dim=1)
-    with torch.no_grad():
-        k = F.normalize(f_k(view_k), dim=1)
-    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1) / temperature
-    loss = F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        for theta_k, theta_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
-            theta_k.mul_(m).add_(theta_q, alpha=1 - m)
-        queue[pointer : pointer + N] = k[: K - pointer]
-    return loss.item(), (pointer + N) % K
-
+# - queue[rows[-K:]] = k[-K:]
+# + queue[pointer : pointer + N] = k[: K - pointer]
 
 # wrong [moco-step-check]: the temperature on the positive only
-def moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, m, temperature):
-    N, K = len(view_q), len(queue)
-    q = F.normalize(f_q(view_q), dim=1)
-    with torch.no_grad():
-        k = F.normalize(f_k(view_k), dim=1)
-    logits = torch.cat([(q * k).sum(dim=1, keepdim=True) / temperature, q @ queue.T], dim=1)
-    loss = F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        for theta_k, theta_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
-            theta_k.mul_(m).add_(theta_q, alpha=1 - m)
-        queue[(pointer + torch.arange(N)) % K] = k
-    return loss.item(), (pointer + N) % K
-
+# - logits = torch.cat([positive, q @ queue.T], dim=1) / temperature
+# + logits = torch.cat([positive / temperature, q @ queue.T], dim=1)
 
 # wrong [moco-step-check]: the momentum update the wrong way round
-def moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, m, temperature):
-    N, K = len(view_q), len(queue)
-    q = F.normalize(f_q(view_q), dim=1)
-    with torch.no_grad():
-        k = F.normalize(f_k(view_k), dim=1)
-    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1) / temperature
-    loss = F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        for theta_k, theta_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
-            theta_k.mul_(1 - m).add_(theta_q, alpha=m)
-        queue[(pointer + torch.arange(N)) % K] = k
-    return loss.item(), (pointer + N) % K
-
+# - theta_k.mul_(m).add_(theta_q, alpha=1 - m)
+# + theta_k.mul_(1 - m).add_(theta_q, alpha=m)
 
 # wrong [moco-step-hidden]: gradient through the keys
-def moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, m, temperature):
-    N, K = len(view_q), len(queue)
-    q, k = F.normalize(f_q(view_q), dim=1), F.normalize(f_k(view_k), dim=1)
-    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1) / temperature
-    loss = F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        for theta_k, theta_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
-            theta_k.mul_(m).add_(theta_q, alpha=1 - m)
-        rows = (pointer + torch.arange(N)) % K
-        queue[rows[-K:]] = k[-K:]
-    return loss.item(), (pointer + N) % K
-
+# - k = F.normalize(f_k(view_k), dim=1)
+# + with torch.enable_grad():
+# +     k = F.normalize(f_k(view_k), dim=1)
 
 # wrong [moco-step-hidden]: a momentum of 0.7, whatever m is
-def moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, m, temperature):
-    N, K = len(view_q), len(queue)
-    q, k = F.normalize(f_q(view_q), dim=1), F.normalize(f_k(view_k), dim=1).detach()
-    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1) / temperature
-    loss = F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        for theta_k, theta_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
-            theta_k.mul_(0.7).add_(theta_q, alpha=0.3)
-        rows = (pointer + torch.arange(N)) % K
-        queue[rows[-K:]] = k[-K:]
-    return loss.item(), (pointer + N) % K
-
+# - theta_k.mul_(m).add_(theta_q, alpha=1 - m)
+# + theta_k.mul_(0.7).add_(theta_q, alpha=0.3)
 
 # wrong [train-check]: f_k is f_q
-def train(images, steps, seed=0):
-    torch.manual_seed(seed)
-    f_q = build_encoder("tiny", images=plain_view(images[:2000]))
-    f_k = f_q
-    queue, pointer = F.normalize(torch.randn(256, f_q.dim), dim=1), 0
-    optimizer = torch.optim.SGD(f_q.parameters(), lr=0.12, momentum=0.9, weight_decay=5e-4)
-    losses, per_epoch = [], len(images) // 64
-    for step in range(steps):
-        epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(images)) if place == 0 else order
-        index = order[64 * place : 64 * (place + 1)]
-        view_q, view_k = two_views(images[index], index, "shapes", seed=seed, epoch=epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.06 * (1 + math.cos(math.pi * step / steps))
-        loss, pointer = moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, 0.99, 0.1)
-        losses.append(loss)
-    return f_q, losses
-
+# - f_k = deepcopy(f_q).requires_grad_(False)
+# + f_k = f_q
 
 # wrong [train-check]: the same crops in each epoch
-def train(images, steps, seed=0):
-    torch.manual_seed(seed)
-    f_q = build_encoder("tiny", images=plain_view(images[:2000]))
-    f_k = deepcopy(f_q).requires_grad_(False)
-    queue, pointer = F.normalize(torch.randn(256, f_q.dim), dim=1), 0
-    optimizer = torch.optim.SGD(f_q.parameters(), lr=0.12, momentum=0.9, weight_decay=5e-4)
-    losses, per_epoch = [], len(images) // 64
-    for step in range(steps):
-        place = step % per_epoch
-        order = torch.randperm(len(images)) if place == 0 else order
-        index = order[64 * place : 64 * (place + 1)]
-        view_q, view_k = two_views(images[index], index, "shapes", seed=seed)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.06 * (1 + math.cos(math.pi * step / steps))
-        loss, pointer = moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, 0.99, 0.1)
-        losses.append(loss)
-    return f_q, losses
-
+# - view_q, view_k = two_views(images[index], index, "shapes", seed=seed, epoch=epoch)
+# + view_q, view_k = two_views(images[index], index, "shapes", seed=seed)
 
 # wrong [train-check]: the learning rate stays
-def train(images, steps, seed=0):
-    torch.manual_seed(seed)
-    f_q = build_encoder("tiny", images=plain_view(images[:2000]))
-    f_k = deepcopy(f_q).requires_grad_(False)
-    queue, pointer = F.normalize(torch.randn(256, f_q.dim), dim=1), 0
-    optimizer = torch.optim.SGD(f_q.parameters(), lr=0.12, momentum=0.9, weight_decay=5e-4)
-    losses, per_epoch = [], len(images) // 64
-    for step in range(steps):
-        epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(images)) if place == 0 else order
-        index = order[64 * place : 64 * (place + 1)]
-        view_q, view_k = two_views(images[index], index, "shapes", seed=seed, epoch=epoch)
-        loss, pointer = moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, 0.99, 0.1)
-        losses.append(loss)
-    return f_q, losses
-
+# - group["lr"] = 0.12 * 0.5 * (1 + math.cos(math.pi * step / steps))
+# + group["lr"] = 0.12
 
 # wrong [train-check]: the first queue is not normalised
-def train(images, steps, seed=0):
-    torch.manual_seed(seed)
-    f_q = build_encoder("tiny", images=plain_view(images[:2000]))
-    f_k = deepcopy(f_q).requires_grad_(False)
-    queue, pointer = torch.randn(256, f_q.dim), 0
-    optimizer = torch.optim.SGD(f_q.parameters(), lr=0.12, momentum=0.9, weight_decay=5e-4)
-    losses, per_epoch = [], len(images) // 64
-    for step in range(steps):
-        epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(images)) if place == 0 else order
-        index = order[64 * place : 64 * (place + 1)]
-        view_q, view_k = two_views(images[index], index, "shapes", seed=seed, epoch=epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.06 * (1 + math.cos(math.pi * step / steps))
-        loss, pointer = moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, 0.99, 0.1)
-        losses.append(loss)
-    return f_q, losses
-
+# - queue, pointer = F.normalize(torch.randn(256, f_q.dim), dim=1), 0
+# + queue, pointer = torch.randn(256, f_q.dim), 0
 
 # wrong [train-check]: the pointer is thrown away
-def train(images, steps, seed=0):
-    torch.manual_seed(seed)
-    f_q = build_encoder("tiny", images=plain_view(images[:2000]))
-    f_k = deepcopy(f_q).requires_grad_(False)
-    queue = F.normalize(torch.randn(256, f_q.dim), dim=1)
-    optimizer = torch.optim.SGD(f_q.parameters(), lr=0.12, momentum=0.9, weight_decay=5e-4)
-    losses, per_epoch = [], len(images) // 64
-    for step in range(steps):
-        epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(images)) if place == 0 else order
-        index = order[64 * place : 64 * (place + 1)]
-        view_q, view_k = two_views(images[index], index, "shapes", seed=seed, epoch=epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.06 * (1 + math.cos(math.pi * step / steps))
-        loss, _ = moco_step(f_q, f_k, queue, 0, view_q, view_k, optimizer, 0.99, 0.1)
-        losses.append(loss)
-    return f_q, losses
-
+# - loss, pointer = moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, 0.99, 0.1)
+# + loss, _ = moco_step(f_q, f_k, queue, 0, view_q, view_k, optimizer, 0.99, 0.1)
 
 # wrong [train-check]: the same order in each epoch
-def train(images, steps, seed=0):
-    torch.manual_seed(seed)
-    f_q = build_encoder("tiny", images=plain_view(images[:2000]))
-    f_k = deepcopy(f_q).requires_grad_(False)
-    queue, pointer = F.normalize(torch.randn(256, f_q.dim), dim=1), 0
-    optimizer = torch.optim.SGD(f_q.parameters(), lr=0.12, momentum=0.9, weight_decay=5e-4)
-    losses, per_epoch = [], len(images) // 64
-    for step in range(steps):
-        epoch, place = divmod(step, per_epoch)
-        index = torch.arange(64 * place, 64 * (place + 1))
-        view_q, view_k = two_views(images[index], index, "shapes", seed=seed, epoch=epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.06 * (1 + math.cos(math.pi * step / steps))
-        loss, pointer = moco_step(f_q, f_k, queue, pointer, view_q, view_k, optimizer, 0.99, 0.1)
-        losses.append(loss)
-    return f_q, losses
+# - order = torch.randperm(len(images))
+# + order = torch.arange(len(images))
 
 
 # right: in other words

@@ -15,7 +15,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -93,14 +93,6 @@ class Exam:
                 else number == expected
             )
         assert same, f"the answer is not right. {hint}".strip()
-
-    def fails(self, call: Callable[[], object], kind: type[Exception], hint: str) -> None:
-        """Fail unless the call raises an error of this kind."""
-        try:
-            call()
-        except kind:
-            return
-        raise AssertionError(hint)
 
     # Inputs ----------------------------------------------------------------------------------------------------------
 

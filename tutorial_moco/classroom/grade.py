@@ -35,8 +35,9 @@ from tutorial_moco.figures import figure
 from tutorial_moco.files import write_whole
 from tutorial_moco.report import Picture, write_report
 
-MOODLE, CPU_SECONDS, WALL_SECONDS = "_assignsubmission_", 1200, 1800
+MOODLE, WALL_SECONDS = "_assignsubmission_", 1800
 ENDED = "the code ended Python itself, by os._exit or by asking for too much memory or time; nothing could be graded."
+NOT_ISOLATED = "bubblewrap is not there or may not work, so submissions run within limits but can reach files and network"
 
 
 @dataclass
@@ -58,7 +59,7 @@ def grade(assignment: str, submissions: Path, out: Path, course: Path, secret: s
 
     Args:
         submissions: folder or zip: a folder or a file for each student, as Moodle, Canvas, nbgrader or a person names them.
-        out: folder for the results; an older grading of the same assignment there is replaced.
+        out: folder for the results; points and pages of an older grading of the assignment are replaced, its gradebook is not.
         course: folder that holds ``source/`` (notebooks/assignments of this repository).
         secret: decides the inputs of the hidden tests; any text that students don't know.
 
@@ -77,7 +78,7 @@ def grade(assignment: str, submissions: Path, out: Path, course: Path, secret: s
     hidden = os.pathsep.join(str(path.resolve()) for path in (submissions, out, course))
     print(f"{len(found)} submissions; " + ("sandboxed" if kernel.isolated() else NOT_ISOLATED))
     nbgrader(root, "generate_assignment", assignment, "--force")
-    release, levels = student_version(source), [student_version(source, level) for level in LEVELS]
+    release, *levels = (student_version(source, level) for level in LEVELS)
     results = []
     for student, files in tqdm(found.items(), unit="student", disable=None):
         result = Result(student)
@@ -96,9 +97,6 @@ def grade(assignment: str, submissions: Path, out: Path, course: Path, secret: s
     feedback(root, assignment, folder)
     print(f"{out / 'grades.csv'}; {folder}: points.csv, class.html, feedback/")
     return summary
-
-
-NOT_ISOLATED = "bubblewrap is not installed, so submissions run within limits but can reach files and network"
 
 
 # In: whatever was handed in -------------------------------------------------------------------------------------------
@@ -228,14 +226,14 @@ def search_path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
-def nbgrader(root: Path, *words: str, seconds: float = 600, **more: str) -> subprocess.CompletedProcess:
+def nbgrader(root: Path, *words: str, seconds: float = 600, **more: str) -> None:
     """Run nbgrader on a course in a process of its own.
 
     Raises:
         DataError: it failed; with its last line.
     """
     with tempfile.TemporaryDirectory(prefix="moco") as folder:
-        environment = os.environ | kernel.install(Path(folder), CPU_SECONDS) | {"PATH": search_path()} | more
+        environment = os.environ | kernel.install(Path(folder)) | {"PATH": search_path()} | more
         try:
             done = subprocess.run(
                 ["nbgrader", *words],
@@ -251,7 +249,6 @@ def nbgrader(root: Path, *words: str, seconds: float = 600, **more: str) -> subp
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if "Error" in line]
         raise DataError(f"nbgrader {' '.join(words)} failed: {told[-1] if told else done.stderr[-300:]}")
-    return done
 
 
 def autograde(root: Path, assignment: str, result: Result, secret: str, hidden: str) -> None:
@@ -270,7 +267,7 @@ def autograde(root: Path, assignment: str, result: Result, secret: str, hidden: 
     from nbgrader.utils import determine_grade
 
     for cell in nbformat.read(path, as_version=4).cells:
-        if is_test(cell) and cell.cell_type == "code":
+        if is_test(cell):
             name = cell.metadata.nbgrader.grade_id
             result.points[name] = float(determine_grade(cell)[0] or 0)
             result.says[name] = reasons(cell)
@@ -342,7 +339,7 @@ def short(text: str, most: int = 80) -> str:
 
 def write_class(path: Path, assignment: str, results: list[Result], source) -> dict[str, object]:
     """The page for the lecturer: everybody's points, and what went wrong how often."""
-    tests = [cell.metadata.nbgrader for cell in source.cells if is_test(cell) and cell.cell_type == "code"]
+    tests = [cell.metadata.nbgrader for cell in source.cells if is_test(cell)]
     table = [["student", *(f"{mark.grade_id} ({mark.points:g})" for mark in tests), "total", "noticed"]]
     for result in results:
         cells = [f"{result.points[mark.grade_id]:g}" if mark.grade_id in result.points else "-" for mark in tests]

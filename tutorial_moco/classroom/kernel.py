@@ -1,6 +1,6 @@
 """A Python kernel for code that nobody has read: limits on memory, time and files, and where bubblewrap works, a sandbox.
 
-``python -m tutorial_moco.classroom.kernel SECONDS -f CONNECTION_FILE`` is what the kernel `NAME` runs. Inside bubblewrap
+``python -m tutorial_moco.classroom.kernel -f CONNECTION_FILE`` is what the kernel `NAME` runs. Inside bubblewrap
 there is no network, the disk is read-only, homes, /tmp and /run are empty, other processes can't be seen, nor what
 ``TUTORIAL_MOCO_HIDE`` names (solutions, gradebook, other students).
 """
@@ -19,18 +19,19 @@ NAME = "tutorial-moco-grading"
 GIB = 2**30
 MEMORY = 4 * GIB  # of data; PyTorch and the package take one
 FILE = GIB // 16  # of a file that is written
+CPU_SECONDS = 1200  # on each core
 TRANSPORT = "tcp" if sys.platform == "win32" else "ipc"  # a sandbox without network is reached through files
 CONNECTION = "TUTORIAL_MOCO_CONNECTION"  # the file that says where the kernel's sockets are
 HIDE = "TUTORIAL_MOCO_HIDE"  # what graded code can't see, separated as in PATH
 KEPT = ("PATH", "LANG", "LC_ALL", "TUTORIAL_MOCO_SECRET", "TUTORIAL_MOCO_PATIENCE", "NBGRADER_EXECUTION")  # of the environment
 
 
-def install(prefix: Path, cpu_seconds: int) -> dict[str, str]:
+def install(prefix: Path) -> dict[str, str]:
     """Write the kernel's description below ``prefix``; returns the environment in which Jupyter finds it and its sockets."""
     folder, runtime = prefix / "kernels" / NAME, prefix / "run"
     folder.mkdir(parents=True)
     runtime.mkdir()
-    command = [sys.executable, "-m", "tutorial_moco.classroom.kernel", str(cpu_seconds), "-f", "{connection_file}"]
+    command = [sys.executable, "-m", "tutorial_moco.classroom.kernel", "-f", "{connection_file}"]
     how = "signal" if sys.platform == "win32" else "message"
     spec = {"argv": command, "display_name": NAME, "language": "python", "interrupt_mode": how}
     (folder / "kernel.json").write_text(json.dumps(spec))
@@ -46,11 +47,11 @@ def isolated() -> bool:
     return subprocess.run(tried, capture_output=True).returncode == 0
 
 
-def limit(cpu_seconds: int) -> None:
+def limit() -> None:
     """Limits of this process and all it starts; processor time counts all cores."""
     import resource
 
-    cpu_seconds *= os.cpu_count() or 1
+    cpu_seconds = CPU_SECONDS * (os.cpu_count() or 1)
     for name, most in {"DATA": MEMORY, "FSIZE": FILE, "CPU": cpu_seconds, "CORE": 0}.items():
         what = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(what)[1]
@@ -84,7 +85,7 @@ def sandboxed(command: list[str], connection_file: Path) -> list[str]:
 
 def main() -> None:
     """Become the kernel."""
-    cpu_seconds, connection_file = int(sys.argv[1]), Path(sys.argv[sys.argv.index("-f") + 1])
+    connection_file = Path(sys.argv[sys.argv.index("-f") + 1])
     arguments = ["--HistoryManager.hist_file=:memory:", "-f", str(connection_file)]
     arguments.append("--IPKernelApp.capture_fd_output=False")  # a library's note on stderr is no failure, but nbgrader's rule
     if sys.platform == "win32":  # no limits there, and exec would be another process
@@ -93,7 +94,7 @@ def main() -> None:
         launch_new_instance(argv=arguments)
         return
     command = [sys.executable, "-m", "ipykernel_launcher", *arguments]
-    limit(cpu_seconds)
+    limit()
     if isolated():
         command = sandboxed(command, connection_file)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -26,24 +26,18 @@ def check_ema(yours: Callable) -> None:
         "it starts from 0; start from the first value of the signal.": followed(torch.cat([torch.zeros(1), signal]), m)[1:],
         "each value is mixed with the signal's value before, not with the average before.":
             torch.cat([signal[:1], m * signal[:-1] + (1 - m) * signal[1:]]),
-        "the signal's part is not scaled by 1 - m.": _sum_without_share(signal, m),
+        "the signal's part is not scaled by 1 - m.": followed(signal, m, share=1.0),
         "nothing is averaged: it is the signal.": signal,
     })  # fmt: skip
     print("[OK] ema: each value is a weighted mean of all values so far")
 
 
-def followed(signal: Tensor, m: float) -> Tensor:
-    """The exponential moving average of a signal (T,), from its first value on."""
+def followed(signal: Tensor, m: float, share: float | None = None) -> Tensor:
+    """The exponential moving average of a signal (T,), from its first value on; ``share`` of each is 1 - m if left out."""
+    share = 1 - m if share is None else share
     values = [signal[0]]
     for value in signal[1:]:
-        values.append(m * values[-1] + (1 - m) * value)
-    return torch.stack(values)
-
-
-def _sum_without_share(signal: Tensor, m: float) -> Tensor:
-    values = [signal[0]]
-    for value in signal[1:]:
-        values.append(m * values[-1] + value)
+        values.append(m * values[-1] + share * value)
     return torch.stack(values)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tutorial_moco.checks import CheckFailed, _called, _close, _diagnose, _tensor, _unit
+from tutorial_moco.checks import CheckFailed, _called, _close, _diagnose, _Points, _tensor, _unit
 from tutorial_moco.feature_checks import _number
+from tutorial_moco.mechanisms import MoCo
 
 
 def check_oldest(yours: Callable) -> None:
@@ -57,11 +58,11 @@ def check_ages(yours: Callable) -> None:
 
 
 def ring_ages(K: int, batch: int, steps: int) -> Tensor:
-    """The age of the key at each place of a ring, int64 (K,): 1 for the newest; -1 where none has been written."""
-    born = torch.full((K,), -1)
-    for step in range(steps):
-        born[torch.arange(step * batch, (step + 1) * batch) % K] = step
-    return torch.where(born < 0, -1, steps - born)
+    """The age of the key at each place of a ring, int64 (K,), by the package; see `MoCo.ages`."""
+    moco = MoCo(_Points(1), K)
+    for _ in range(steps):
+        moco.enqueue(torch.zeros(batch, 1))
+    return moco.ages()
 
 
 def ring_rows(K: int, batches: list[Tensor]) -> tuple[list[Tensor | None], int]:
@@ -100,16 +101,13 @@ def check_queue(yours: type) -> None:
     batches = _unit(9, 4, seed=1).split(3)
     for batch in batches[:2]:
         _called(first.enqueue, "Queue.enqueue", batch)
-    rows, place = first.keys.clone(), 0
     second = _called(yours, "Queue", 7, 4)
     for batch in batches:
         before = second.keys.clone()
         _called(second.enqueue, "Queue.enqueue", batch)
         if torch.equal(second.keys, before):
             raise CheckFailed("Queue.enqueue: queue.keys is unchanged after it.")
-    for key in torch.cat(batches):
-        rows[place], place = key, (place + 1) % 7
-    if not _close(second.keys, rows):
+    if not _close(second.keys, torch.stack(ring_rows(7, batches)[0])):
         raise CheckFailed(
             "Queue.enqueue: after three batches of 3 the ring of 7 does not hold the last 7 keys at their places."
         )

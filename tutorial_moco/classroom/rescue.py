@@ -17,7 +17,6 @@ import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 
-WRITTEN = "YOUR ANSWER HERE"
 TOO_LARGE = 20 * 2**20  # bytes of a notebook file
 
 
@@ -100,19 +99,24 @@ def collect(submitted: NotebookNode, release: NotebookNode, *levels: NotebookNod
 
 def keep_import(part: ast.Import | ast.ImportFrom, locked: dict[str, str], work: Work) -> None:
     """Keep an import, but not of the package whose functions are asked for, nor under a name of the assignment's own."""
-    module = getattr(part, "module", None) or ""
-    for alias in part.names:
-        one = copy.copy(part)
-        one.names = [alias]
-        bound = alias.asname or alias.name.split(".")[0]
+    for bound, one in bindings(part):
+        module = getattr(one, "module", None) or one.names[0].name
         if ast.dump(one) == locked.get(bound) or module == "__future__":
             continue  # the assignment has it already
-        if (module or alias.name).split(".")[0] == "tutorial_moco":
+        if module.split(".")[0] == "tutorial_moco":
             work.remarks.append(f"the import of {bound} is left out: build it with PyTorch, not with tutorial_moco.")
         elif bound in locked or hasattr(builtins, bound) or bound == "*":
             work.remarks.append(f"the import of {bound} is left out: the name belongs to the assignment or to Python.")
         else:
             work.imports.append(ast.unparse(one))
+
+
+def bindings(part: ast.Import | ast.ImportFrom):
+    """(name, import of it alone) for each name that an import binds."""
+    for alias in part.names:
+        one = copy.copy(part)
+        one.names = [alias]
+        yield alias.asname or alias.name.split(".")[0], one
 
 
 def write_answers(submitted: NotebookNode, release: NotebookNode, clean: NotebookNode, remarks: list[str]) -> None:
@@ -207,10 +211,7 @@ def protected(release: NotebookNode) -> dict[str, str]:
             names |= {name: part.tree for name, part in parts_of(cell.source)}
             for part in ast.parse(plain(cell.source)).body:
                 if isinstance(part, ast.Import | ast.ImportFrom):
-                    for alias in part.names:
-                        one = copy.copy(part)
-                        one.names = [alias]
-                        names[alias.asname or alias.name.split(".")[0]] = ast.dump(one)
+                    names |= {bound: ast.dump(one) for bound, one in bindings(part)}
     return names
 
 
@@ -238,7 +239,7 @@ def is_answer(cell: NotebookNode, kind: str) -> bool:
 
 def is_test(cell: NotebookNode) -> bool:
     """Whether the cell gives points by itself; a student's version of it doesn't count."""
-    return bool(marks_of(cell).get("grade")) and not marks_of(cell).get("solution")
+    return cell.cell_type == "code" and bool(marks_of(cell).get("grade")) and not marks_of(cell).get("solution")
 
 
 def read_notebook(content: bytes, name: str) -> NotebookNode:

@@ -228,6 +228,7 @@ def check_train(yours: Callable) -> None:
 
 def weights_of(module: nn.Module) -> Tensor:
     """All parameters of a module as one vector."""
+    # torch.nn.utils.parameters_to_vector wants contiguous weights, and ours are channels_last.
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
