@@ -13,21 +13,21 @@ from statistics import median
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.plan import Job, draw
 from tutorial_moco import speed
-from tutorial_moco.augment import AUGMENTATIONS, random_view
 from tutorial_moco.compare import knn_of_pixels, untrained
 from tutorial_moco.diagnose import key_drift
 from tutorial_moco.errors import UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1, linear_top1, notebooks_knn_top1
 from tutorial_moco.evidence import NOTEBOOK_CURVE
 from tutorial_moco.images import ImageSet
-from tutorial_moco.pretrain import Run, batches, build_optimizer, check, pretrain, set_learning_rate, start, train_step
+from tutorial_moco.masked import pretrain_masked
+from tutorial_moco.pretrain import Run, batches, check, pretrain, set_learning_rate, start, train_step
 from tutorial_moco.provenance import provenance
 from tutorial_moco.recipes import Recipe
+from tutorial_moco.supervised import classifier, top1, train_classifier
 
 CURVE_POINTS = 100  # of the loss curve, of some thousands: all rows together are to stay small
 DRIFT_BINS = 40
@@ -95,36 +95,28 @@ def supervised(job: Job, part: ImageSet, train: ImageSet, test: ImageSet, device
     """The same encoder, optimizer, schedule and views, trained with labels: cross-entropy of a linear layer on the backbone."""
     recipe, n = job.recipe, len(part)
     check(recipe, n, None)
-    speed.keep_freed_memory()
     speed.reset_peak_memory(device)
     run = start(recipe, part, device)  # for the same first weights and number format
     encoder = run.mechanism.encoder
-    net = nn.Sequential(encoder.backbone, nn.Linear(encoder.feature_dim, len(part.classes)).to(device))
-    optimizer = build_optimizer(recipe, net)
-    images, labels = part.images.to(device), part.labels.to(device)
-    total, curve, began = recipe.epochs * (n // recipe.batch_size), [], time.perf_counter()
-    for step, (epoch, index) in enumerate(islice(batches(n, recipe, 0, device), total), 1):
-        set_learning_rate(optimizer, recipe, (step - 1) / total)
-        with speed.products_in(run.dtype):
-            augmentation = AUGMENTATIONS[recipe.augmentation][0]
-            view = random_view(images[index], index, augmentation, seed=recipe.seed, epoch=epoch, view=0)
-            with speed.autocast(device, run.dtype):
-                logits = net(view)
-        loss = F.cross_entropy(logits.float(), labels[index])
-        if not math.isfinite(loss.item()):
-            raise UsageError(f"the loss is {loss.item()} at step {step}: try a lower --lr")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        curve.append({"step": step, "images_seen": step * recipe.batch_size, "loss": loss.item()})
-    seconds, seen = time.perf_counter() - began, total * recipe.batch_size
-    peak, answers = speed.peak_memory_bytes(device), extract_features(net, test.images, dtype=run.dtype).argmax(dim=1)
-    right = int((answers == test.labels).sum())
+    net = classifier(encoder.backbone, encoder.feature_dim, len(part.classes))
+    curve, seconds = train_classifier(net, recipe, part, run.dtype)
+    seen, peak = curve[-1]["images_seen"], speed.peak_memory_bytes(device)
     return {
-        **accuracies(net[0], train, test, run.dtype), "supervised_top1": 100 * right / len(test),
-        "steps": total, "images_seen": seen, "train_seconds": round(seconds, 2), "images_per_second": round(seen / seconds, 1),
-        "peak_memory_bytes": peak, "precision": str(run.dtype).removeprefix("torch."), "final_loss": curve[-1]["loss"],
-        "losses": thinned(curve),
+        **accuracies(net[0], train, test, run.dtype), "supervised_top1": top1(net, test, run.dtype),
+        "steps": len(curve), "images_seen": seen, "train_seconds": round(seconds, 2),
+        "images_per_second": round(seen / seconds, 1), "peak_memory_bytes": peak,
+        "precision": str(run.dtype).removeprefix("torch."), "final_loss": curve[-1]["loss"], "losses": thinned(curve),
+    }  # fmt: skip
+
+
+def masked(job: Job, part: ImageSet, train: ImageSet, test: ImageSet, device: torch.device) -> dict:
+    """The transformer trained by painting hidden patches."""
+    speed.reset_peak_memory(device)
+    encoder, _, found = pretrain_masked(job.recipe, part, progress=False)
+    peak, dtype, losses = speed.peak_memory_bytes(device), getattr(torch, found["precision"]), found.pop("losses")
+    return {
+        **found, **accuracies(encoder.backbone, train, test, dtype), "peak_memory_bytes": peak,
+        "final_loss": losses[-1]["loss"], "losses": thinned(losses),
     }  # fmt: skip
 
 
@@ -177,6 +169,7 @@ def cost_of_steps(recipe: Recipe, pixels: np.ndarray, device_name: str, threads:
 MEASURES: dict[str, Callable[..., dict]] = {
     "pretrain": pretrained,
     "check": pretrained,
+    "masked": masked,
     "drift": drifted,
     "cost": cost,
     "supervised": supervised,

@@ -29,7 +29,7 @@ class Job:
     """One run of the study."""
 
     recipe: Recipe
-    kind: Literal["pretrain", "check", "drift", "cost", "supervised", "untrained", "pixels"] = "pretrain"
+    kind: Literal["pretrain", "masked", "check", "drift", "cost", "supervised", "untrained", "pixels"] = "pretrain"
     share: float = 1.0  # of the training images
     long_tail: bool = False
     note: str | None = None
@@ -40,7 +40,7 @@ class Job:
         """What its row is known by beside the experiment: two jobs that agree in this are one training."""
         how = {"kind": self.kind, "n": self.n, "share": self.share, "long_tail": self.long_tail, "data_hash": data_hash}
         # An encoder that no mechanism trained is called by what it is.
-        other = {"mechanism": self.kind} if self.kind in ("supervised", "untrained", "pixels") else {}
+        other = {"mechanism": self.kind} if self.kind in ("masked", "supervised", "untrained", "pixels") else {}
         return how | dataclasses.asdict(self.recipe) | other
 
 
@@ -190,6 +190,26 @@ def ceilings(base: Recipe, labels: Tensor) -> list[Job]:
     return [Job(base, "supervised"), Job(base, "untrained"), *pixels]
 
 
+def versions(base: Recipe, labels: Tensor) -> list[Job]:
+    """From v1 to v2, a switch at a time as in the v2 paper's table; then its kin; then v3's transformer and a painter.
+
+    v1's crops and colours with the small recipe's rest; v2's temperature comes with its head, as there.
+    """
+    v1 = base.replace(augmentation="v1", schedule="steps")
+    mlp = {"head": "mlp", "temperature": 0.2}
+    v2 = v1.replace(augmentation="v2", schedule="cosine", **mlp)
+    n = len(labels)
+    v3 = with_mechanism(base, "moco_v3", n, head="mlp3", temperature=0.2, augmentation="v3")
+    transformer = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1}
+    v3_vit = v3.replace(encoder="vit", **transformer)
+    painter = v3.replace(encoder="vit-learned", **transformer)
+    return [
+        Job(v1), Job(v1.replace(**mlp)), Job(v1.replace(augmentation="v2")), Job(v1.replace(augmentation="v2", **mlp)), Job(v2),
+        Job(v2.replace(epochs=4 * base.epochs)), Job(with_mechanism(v2, "simclr", n)), Job(v3), Job(v3_vit),
+        Job(v3_vit.replace(encoder="vit-learned")), Job(painter, "masked"), Job(v3_vit, "untrained"), Job(v3_vit, "supervised"),
+    ]  # fmt: skip
+
+
 def check(base: Recipe, labels: Tensor) -> list[Job]:
     """Seconds on drawn images, for a test that runs it again; always the same, whatever the study is of."""
     from tutorial_moco.images import SHAPES
@@ -210,4 +230,5 @@ EXPERIMENTS: dict[str, Callable[[Recipe, Tensor], list[Job]]] = {
     "cost": cost,
     "drift": drift,
     "ceilings": ceilings,
+    "versions": versions,
 }

@@ -87,7 +87,7 @@ WRONG = {
     "unknown mechanism": (["pretrain", "--mechanism", "mocov4"], 2, "--mechanism"),
     "unknown recipe": (["pretrain", "--recipe", "imagenet22k"], 2, "--recipe imagenet22k is not known"),
     "unknown recipe with =": (["compare", "--recipe=imagenet22k"], 2, "--recipe imagenet22k is not known"),
-    "unknown encoder": (["pretrain", "--encoder", "vit"], 2, "--encoder"),
+    "unknown encoder": (["pretrain", "--encoder", "resnet34"], 2, "--encoder"),
     "unknown norm": (["pretrain", "--data", "FOLDER", *SMALL, "--norm", "split:1"], 2, "--norm split:1 is not known"),
     "minutes below 0": (["pretrain", "--data", "FOLDER", *SMALL, "--minutes", "-1"], 2, "--minutes must be above 0, not -1"),
     "minutes of 0": (["compare", "--data", "FOLDER", *SMALL, "--minutes", "0"], 2, "--minutes must be above 0, not 0"),

@@ -1,5 +1,7 @@
 """Encoders: what every one of them must do, and the three layers that are ours."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tutorial_moco.encoders import ENCODERS, SmallBackbone, SplitBatchNorm2d, Whitening, build_encoder
+from tutorial_moco.encoders import ENCODERS, SmallBackbone, SplitBatchNorm2d, Whitening, build_encoder, sines
 from tutorial_moco.errors import UsageError
 
-FEATURES = {"tiny": 64, "small": 128, "wide": 192, "resnet18": 512, "resnet50": 2048}
+FEATURES = {"tiny": 64, "small": 128, "wide": 192, "resnet18": 512, "resnet50": 2048, "vit": 96, "vit-learned": 96}
+SIDES = {"resnet50": 64, "vit": 32, "vit-learned": 32}
 
 
 def normal(*shape, seed=0):
@@ -25,11 +28,11 @@ def natural_images(n=400, size=8, seed=0):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("head", ["linear", "mlp", "mlp3"])
 def test_queries_are_unit_vectors_and_features_have_the_named_length(name, head):
     torch.manual_seed(0)
     encoder = build_encoder(name, head=head, dim=24).train()
-    x = normal(2, 3, 64, 64) if name == "resnet50" else normal(3, 3, 16, 16)
+    x = normal(3, 3, SIDES.get(name, 16), SIDES.get(name, 16))
     z = encoder(x)
     assert z.shape == (len(x), 24)
     assert z.dtype == torch.float32
@@ -70,6 +73,34 @@ def test_a_fresh_encoder_is_decided_by_torchs_seed_and_lies_in_channels_last_mem
 def test_an_unknown_name_is_refused_by_name(wrong, named):
     with pytest.raises(UsageError, match=named):
         build_encoder(**wrong)
+
+
+# ---- the transformer
+
+
+def test_the_patch_projection_stays_as_it_was_drawn_unless_it_is_learned():
+    for name, learned in (("vit", False), ("vit-learned", True)):
+        backbone = build_encoder(name).backbone
+        backbone(normal(2, 3, 32, 32)).sum().backward()
+        assert (backbone.conv_proj.weight.grad is not None) == learned
+        assert backbone.encoder.pos_embedding.grad is None
+
+
+def test_positions_tell_every_patch_apart_and_neighbours_are_alike():
+    table = sines(8, 96)[0, 1:]
+    assert torch.equal(sines(8, 96)[0, 0], torch.zeros(96))
+    similarity = F.cosine_similarity(table[:, None], table[None], dim=2).view(8, 8, 8, 8)
+    assert similarity.view(64, 64).fill_diagonal_(0).max() < 0.999
+    here = similarity[3, 3]
+    assert here[3, 4] == pytest.approx(here[4, 3].item(), abs=1e-5)  # x and y alike
+    assert here[3, 4] > here[3, 6] > 0
+    # By hand: patch (row 2, column 5), the first wave of x and of y has frequency 1.
+    assert table[2 * 8 + 5][[0, 24, 48, 72]].tolist() == pytest.approx([math.sin(5), math.cos(5), math.sin(2), math.cos(2)])
+
+
+def test_an_image_of_another_size_is_refused_with_the_mend():
+    with pytest.raises(UsageError, match="images of 32 pixels, not 16"):
+        build_encoder("vit")(normal(2, 3, 16, 16))
 
 
 # ---- split statistics

@@ -258,7 +258,7 @@ def test_memory_is_known_or_assumed(monkeypatch):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(DataError, match=r"'mnist'.*shapes, cifar10, cifar100, stl10.*folder or archive") as caught:
+    with pytest.raises(DataError, match=r"'mnist'.*shapes, digits, cifar10, cifar100, stl10.*folder or archive") as caught:
         load("mnist")
     assert caught.value.exit_status == 3
     assert "\n" not in str(caught.value)

@@ -48,6 +48,7 @@ VARIANTS = {
     "memory_bank_all": {"mechanism": "memory_bank", "K": 31},
     "end_to_end": {"mechanism": "end_to_end"},
     "simclr": {"mechanism": "simclr"},
+    "moco_v3": {"mechanism": "moco_v3", "head": "mlp3"},
 }
 
 
@@ -369,6 +370,31 @@ def test_simclr_makes_every_view_a_query_and_leaves_out_itself_and_its_partner()
     assert torch.equal(contrast.exclude, expected)
 
 
+def test_v3_is_two_plain_softmaxes_over_the_other_views_keys():
+    """Algorithm 1 of the v3 paper: ctr(q1, k2) + ctr(q2, k1), each an N-way classification with the answers 0 .. N - 1."""
+    mechanism, (view_q, view_k) = mechanisms.MoCoV3(make_encoder()), two_views(6)
+    contrast = mechanism.contrast(view_q, view_k, torch.arange(6))
+    found = losses.info_nce(contrast.q, contrast.k, contrast.negatives, 0.2, contrast.exclude)
+    (q1, q2), (k2, k1) = contrast.q.chunk(2), contrast.k.chunk(2)
+    torch.testing.assert_close(torch.cat([k2, k1]), torch.cat([mechanism.key_encoder(v) for v in (view_k, view_q)]).detach())
+    one, other = (F.cross_entropy(q @ k.T / 0.2, torch.arange(6)) for q, k in ((q1, k2), (q2, k1)))
+    torch.testing.assert_close(found, (one + other) / 2)
+    assert (~contrast.exclude).sum(dim=1).tolist() == [5] * 12
+
+
+def test_v3_trains_the_predictor_and_only_follows_with_the_key_encoder():
+    run = tiny_run(mechanism="moco_v3", head="mlp3", m=0.75)
+    before = {name: p.detach().clone() for name, p in run.mechanism.named_parameters()}
+    take_steps(run, 1)
+    after = dict(run.mechanism.named_parameters())
+    assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("predictor."))
+    for name in before:
+        if name.startswith("key_encoder."):
+            trained = after[name.removeprefix("key_")].detach()
+            torch.testing.assert_close(after[name].detach(), 0.75 * before[name] + 0.25 * trained)
+            assert after[name].grad is None
+
+
 @pytest.mark.parametrize("K", [1, 7, 18])
 def test_the_memory_bank_samples_K_distinct_keys_and_excludes_a_querys_own(K):
     bank = mechanisms.MemoryBank(vectors_as_they_are(), n=20, K=K)
@@ -410,7 +436,8 @@ def test_the_memory_bank_writes_a_running_mean_at_the_batchs_rows_only(momentum)
 
 
 @pytest.mark.parametrize(
-    ("variant", "expected"), [("moco", 10 * 8 * 4), ("memory_bank", 32 * 8 * 4), ("end_to_end", 0), ("simclr", 0)]
+    ("variant", "expected"),
+    [("moco", 10 * 8 * 4), ("memory_bank", 32 * 8 * 4), ("end_to_end", 0), ("simclr", 0), ("moco_v3", 0)],
 )
 def test_dictionary_bytes_are_those_of_the_keys_kept(variant, expected):
     assert tiny_run(**VARIANTS[variant]).mechanism.dictionary_bytes == expected

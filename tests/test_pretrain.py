@@ -25,6 +25,7 @@ MECHANISMS = {
     "memory_bank": {"mechanism": "memory_bank"},
     "end_to_end": {"mechanism": "end_to_end"},
     "simclr": {"mechanism": "simclr"},
+    "moco_v3": {"mechanism": "moco_v3", "head": "mlp3"},
 }
 VARIANTS = MECHANISMS | {
     "moco_symmetric_shuffled": {"symmetric": True, "shuffle": True, "norm": "split:2", "warmup": 0.3},
@@ -103,7 +104,7 @@ def test_a_run_counts_its_steps_and_records_finite_points(changes):
         assert 0 <= point["pretext_accuracy"] <= 100
         assert point["images_seen"] == 16 * point["step"]
         assert point["epoch"] == point["step"] / 4
-    expected_K = {"end_to_end": 15, "simclr": 30}.get(recipe.mechanism)
+    expected_K = {"end_to_end": 15, "simclr": 30, "moco_v3": 15}.get(recipe.mechanism)
     for point in run.losses:
         assert point["K"] == expected_K if expected_K else 19 <= point["K"] <= 20  # a sample may hold the query's own key
     assert [point["step"] for point in run.monitor] == [5, 10, 15, 20]
@@ -155,6 +156,7 @@ GOLDEN = {
     "memory_bank": [5.13619, 4.89942, 5.14194, 6.58439, 4.30483],
     "end_to_end": [6.84100, 3.33428, 3.08306, 2.90559, 2.92623],
     "simclr": [7.88049, 3.44280, 3.46840, 3.46944, 3.37314],
+    "moco_v3": [7.47792, 5.70481, 6.39051, 6.32704, 6.06183],
     "moco_symmetric_shuffled": [5.77107, 5.80406, 5.48941, 2.92731, 2.13093],
     "moco_nce_adamw": [6.60595, 6.89524, 8.72995, 7.46407, 5.92410],
     "memory_bank_nce_all": [7.69680, 7.62913, 7.65267, 8.90857, 5.96042],
@@ -201,6 +203,17 @@ def test_batches_from_a_later_step_are_the_rest_of_the_same_sequence(step):
     for (epoch, index), (epoch_later, index_later) in zip(whole[step:], later, strict=True):
         assert epoch == epoch_later
         assert torch.equal(index, index_later)
+
+
+def test_the_schedule_of_v1_takes_a_tenth_at_60_and_at_80_percent():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=9.0)
+
+    def rate(done):
+        training.set_learning_rate(optimizer, BASE.replace(lr=0.4, warmup=0.1, schedule="steps"), done)
+        return optimizer.param_groups[0]["lr"]
+
+    found = [rate(done) for done in (0.05, 0.1, 0.59, 0.6, 0.79, 0.8, 1)]
+    assert found == pytest.approx([0.2, 0.4, 0.4, 0.04, 0.04, 0.004, 0.004])
 
 
 def test_the_learning_rate_rises_along_a_line_and_falls_along_a_cosine():
@@ -386,6 +399,7 @@ CHANGES = {
     "epochs": ({}, 5),
     "optimizer": ({}, "adamw"),
     "lr": ({}, 0.02),
+    "schedule": ({}, "steps"),
     "warmup": ({}, 0.5),
     "weight_decay": ({}, 0.1),
     "seed": ({}, 1),
@@ -424,7 +438,7 @@ def test_settings_end_where_their_names_say():
     adamw = start(optimizer="adamw", lr=0.001, weight_decay=0.05).optimizer
     assert isinstance(adamw, torch.optim.AdamW)
     assert (adamw.param_groups[0]["lr"], adamw.param_groups[0]["weight_decay"]) == (0.001, 0.05)
-    for name, kind in (("end_to_end", mechanisms.EndToEnd), ("simclr", mechanisms.SimCLR)):
+    for name, kind in (("end_to_end", mechanisms.EndToEnd), ("simclr", mechanisms.SimCLR), ("moco_v3", mechanisms.MoCoV3)):
         assert type(start(mechanism=name).mechanism) is kind
 
 
@@ -449,7 +463,7 @@ def test_a_value_out_of_range_is_refused_with_its_flag_and_value(field, value):
     assert str(value) in str(refused.value)
 
 
-@pytest.mark.parametrize("mechanism", ["memory_bank", "end_to_end", "simclr"])
+@pytest.mark.parametrize("mechanism", ["memory_bank", "end_to_end", "simclr", "moco_v3"])
 @pytest.mark.parametrize("option", ["symmetric", "shuffle"])
 def test_mocos_own_options_are_refused_with_other_mechanisms(mechanism, option):
     with pytest.raises(UsageError, match=option):

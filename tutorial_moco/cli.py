@@ -25,13 +25,14 @@ usage: tutorial-moco COMMAND [FLAGS]
   compare    train end-to-end, memory bank and MoCo side by side, with equal budgets
   pretrain   train one mechanism
   evaluate   read a checkpoint's features on any images
+  transfer   start another task from a checkpoint: few labels, detection, segmentation, keypoints
   data       look at a data set: sizes, classes, a contact sheet
   doctor     is everything here that the chapters need? [OK], or [FAIL] and the mend
   check      the visible checks of an assignment on your notebook: check A2 my_notebook.ipynb
   grade      points, feedback and a class report for a folder or zip of notebooks (for lecturers)
 
-Every command says more with --help. Images (--data) are `shapes`, drawn by the program; `cifar10`, `cifar100` or
-`stl10`, downloaded once; or a folder split/class/image, or a .tar, .tar.xz, .tar.gz or .zip of one.
+Every command says more with --help. Images (--data) are `shapes`, drawn by the program; `digits`; `cifar10`, `cifar100`
+or `stl10`, downloaded once; or a folder split/class/image, or a .tar, .tar.xz, .tar.gz or .zip of one.
 
   tutorial-moco compare --data shapes --minutes 1
   tutorial-moco pretrain --data cifar10 --minutes 10
@@ -43,7 +44,7 @@ class DataFlags:
     """Which images, and where results go."""
 
     data: str = "shapes"
-    """Images: shapes, cifar10, cifar100, stl10, a folder split/class/image, or an archive of one."""
+    """Images: shapes, digits, cifar10, cifar100, stl10, a folder split/class/image, or an archive of one."""
     image_size: int | None = None
     """Resize images to this many pixels a side; as they are if they are small and all alike, else 64."""
     hold_out: float = 0.0
@@ -94,6 +95,45 @@ class Evaluate(DataFlags):
 
     checkpoint: Path = Path("checkpoint.safetensors")
     """The checkpoint.safetensors of a run."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Start another task from an encoder, pre-trained or fresh, and see what the start was worth.
+
+    classify: a linear classifier and fine-tuning with a share of the labels. detect: boxes, and masks where the data has
+    them. segment: the class of each pixel. keypoints: objects' corner points. The three are judged as COCO and VOC judge.
+    """
+
+    task: Literal["classify", "detect", "segment", "keypoints"] = "classify"
+    """What to train for."""
+    data: str | None = None
+    """classify: shapes (if left out), digits, cifar10, a folder, …; else scenes (if left out), drawn of several shapes, or
+    a folder in PASCAL VOC's or COCO's layout."""
+    checkpoint: tuple[str, ...] = ("none",)
+    """The checkpoint.safetensors of runs to start from, several to compare them; none stands for fresh weights."""
+    encoder: Literal["tiny", "small", "wide", "resnet18", "resnet50"] = "small"
+    """The encoder of fresh weights; a checkpoint knows its own."""
+    labels: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """classify: shares of the labels to use."""
+    epochs: int | None = None
+    """Passes over all images; 5 for classify, where fewer images are seen more often, else 8."""
+    lr: float | None = None
+    """Learning rate; 0.1 for classify, 0.02 for detect and keypoints, 0.2 for segment."""
+    batch_size: int | None = None
+    """Images of a step; 64 for classify, else 8."""
+    neck: Literal["fpn", "c4"] = "fpn"
+    """detect, keypoints: a pyramid of maps, or the last map but one, as in the paper's R50-C4."""
+    frozen: bool = False
+    """detect, keypoints, segment: the encoder keeps its weights."""
+    image_size: int | None = None
+    """Shorter side in pixels that images are brought to; 96 for detection with a small encoder, 800 with a ResNet."""
+    seeds: int = 1
+    """Trainings from each start."""
+    out: Path | None = None
+    """Folder for result and report; runs/transfer-TASK if left out."""
+    json: Path | None = None
+    """Also write the result, with where it comes from, to this file."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +224,32 @@ def run_evaluate(flags: Evaluate) -> dict:
     return result
 
 
+def run_transfer(flags: Transfer) -> dict:
+    """Starts, data, and the task."""
+    for name in ("seeds", "epochs", "batch_size", "lr", "image_size"):
+        value = getattr(flags, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if not flags.labels or not all(0 < share <= 1 for share in flags.labels):
+        raise UsageError(f"--labels must be shares in (0, 1], not {' '.join(map(str, flags.labels))}")
+    from tutorial_moco.annotated import load_annotated
+    from tutorial_moco.transfer import load_start
+    from tutorial_moco.transfer_report import sample, transfer_classify, transfer_dense
+
+    if flags.task == "classify":
+        train, test = load(DataFlags(data=flags.data or "shapes", image_size=flags.image_size))
+    else:
+        train, test = (load_annotated(flags.data or "scenes", split, flags.task) for split in ("train", "test"))
+    few = sample(train)
+    starts = [load_start(path, few, encoder=flags.encoder) for path in dict.fromkeys(flags.checkpoint)]
+    out = flags.out or Path("runs") / f"transfer-{flags.task}"
+    how = {"epochs": flags.epochs, "lr": flags.lr, "batch_size": flags.batch_size}
+    if flags.task == "classify":
+        return transfer_classify(starts, train, test, flags.labels, flags.seeds, out, **how)
+    how |= {"neck": flags.neck, "frozen": flags.frozen, "image_size": flags.image_size}
+    return transfer_dense(starts, flags.task, train, test, flags.seeds, out, **how)
+
+
 def run_data(flags: Data) -> dict:
     """Sizes, classes, hash, contact sheet."""
     from tutorial_moco.figures import contact_sheet
@@ -272,6 +338,7 @@ COMMANDS = {
     "compare": (Compare, run_compare),
     "pretrain": (Pretrain, run_pretrain),
     "evaluate": (Evaluate, run_evaluate),
+    "transfer": (Transfer, run_transfer),
     "data": (Data, run_data),
     "doctor": (Doctor, run_doctor),
     "check": (Check, run_check),

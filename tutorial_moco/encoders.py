@@ -3,10 +3,13 @@
 The head's output is what the loss sees; it is thrown away after training and the backbone's features are used.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from tutorial_moco.errors import UsageError
 
@@ -20,7 +23,11 @@ class Encoder(nn.Module):
         self.feature_dim, self.dim = feature_dim, dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.head(self.backbone(x)).float(), dim=1)
+        return F.normalize(self.project(x).float(), dim=1)
+
+    def project(self, x: Tensor) -> Tensor:
+        """(B, dim) before it is brought to length 1."""
+        return self.head(self.backbone(x))
 
 
 def build_encoder(
@@ -30,8 +37,9 @@ def build_encoder(
 
     Args:
         name: ``tiny``, ``small`` or ``wide`` (`SmallBackbone`, width 16, 32 or 48), ``resnet18`` (torchvision's, with the
-            3x3 stem for small images), ``resnet50`` (torchvision's, as for ImageNet).
-        head: ``linear`` (MoCo v1) or ``mlp`` (two layers, MoCo v2).
+            3x3 stem for small images), ``resnet50`` (torchvision's, as for ImageNet), ``vit`` or ``vit-learned``
+            (`ViTBackbone` for 32 pixels, its patch projection fixed or learned).
+        head: ``linear`` (MoCo v1), ``mlp`` (two layers, v2) or ``mlp3`` (three layers with BatchNorm, v3).
         dim: C, the length of keys and queries.
         norm: ``batch``, ``split:S`` (`SplitBatchNorm2d` of S groups) or ``group`` (GroupNorm).
         images: float32 (n, 3, H, W), normalised. The small backbone computes its fixed first layer from them.
@@ -48,12 +56,25 @@ def build_encoder(
 
 
 def build_head(kind: str, feature_dim: int, dim: int) -> nn.Module:
-    """The projection to C dimensions: one layer (MoCo) or two with a ReLU between (SimCLR, MoCo v2)."""
+    """The projection to C dimensions: one layer (MoCo), two with a ReLU between (SimCLR, MoCo v2) or three (v3)."""
     if kind == "linear":
         return nn.Linear(feature_dim, dim)
     if kind == "mlp":
         return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, dim))
-    raise UsageError(f"--head {kind} is not known: choose linear or mlp")
+    if kind == "mlp3":
+        hidden = 4 * dim
+        between = nn.Sequential(*_normed(feature_dim, hidden), *_normed(hidden, hidden))
+        return nn.Sequential(between, nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim, affine=False))
+    raise UsageError(f"--head {kind} is not known: choose linear, mlp or mlp3")
+
+
+def build_predictor(dim: int) -> nn.Module:
+    """What MoCo v3 puts behind the query's projection alone: two layers, (B, dim) to (B, dim)."""
+    return nn.Sequential(*_normed(dim, 4 * dim), nn.Linear(4 * dim, dim, bias=False), nn.BatchNorm1d(dim, affine=False))
+
+
+def _normed(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
 
 
 # Backbones -----------------------------------------------------------------------------------------------------------
@@ -141,12 +162,49 @@ def resnet50(norm) -> tuple[nn.Module, int]:
     return net, 2048
 
 
+class ViTBackbone(VisionTransformer):
+    """torchvision's vision transformer with what MoCo v3 changed (arXiv 2104.02057, sections 4 and 5).
+
+    Positions are fixed sines and cosines in two dimensions. The patch projection stays as it was drawn, since training it
+    made their trainings unstable, unless ``learned``. (B, 3, side, side) to the class token, (B, dim).
+    """
+
+    def __init__(self, side: int, patch: int, *, layers: int, heads: int, dim: int, learned: bool = False):
+        super().__init__(side, patch, layers, heads, dim, 4 * dim)
+        self.heads = nn.Identity()
+        self.encoder.pos_embedding = nn.Parameter(sines(side // patch, dim), requires_grad=False)
+        bound = math.sqrt(6 / (3 * patch**2 + dim))  # Xavier's, of the projection as one matrix
+        nn.init.uniform_(self.conv_proj.weight, -bound, bound)
+        self.conv_proj.requires_grad_(learned)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.image_size:
+            raise UsageError(f"--encoder vit takes images of {self.image_size} pixels, not {x.shape[-1]}: use --image-size")
+        return super().forward(x)
+
+
+def sines(grid: int, dim: int) -> Tensor:
+    """Positions (1, 1 + grid * grid, dim): zeros for the class token, then sines and cosines of x and of y for each patch."""
+    waves = 1 / 10_000 ** (torch.arange(dim // 4) / (dim // 4))
+    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = [at.flatten()[:, None] * waves for at in (x, y)]
+    table = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([torch.zeros(1, dim), table])[None]
+
+
+def vit(learned: bool) -> tuple[nn.Module, int]:
+    """A transformer for two cores: 64 patches of 4 pixels, four layers; about twice the work of ``small``."""
+    return ViTBackbone(32, 4, layers=4, heads=3, dim=96, learned=learned), 96
+
+
 ENCODERS = {
     "tiny": lambda norm: (SmallBackbone(norm, 16), 64),
     "small": lambda norm: (SmallBackbone(norm, 32), 128),
     "wide": lambda norm: (SmallBackbone(norm, 48), 192),
     "resnet18": resnet18,
     "resnet50": resnet50,
+    "vit": lambda norm: vit(learned=False),
+    "vit-learned": lambda norm: vit(learned=True),
 }
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
@@ -82,13 +82,17 @@ def notebooks_knn_top1(head: nn.Module, train: Tensor, train_labels: Tensor, tes
     return knn_top1(head(train), train_labels, head(test), test_labels, k=200, temperature=0.1)
 
 
-def linear_top1(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Accuracy, in percent, of a linear classifier on frozen features: scikit-learn's LogisticRegression, standardised."""
+def linear_probe(features: Tensor, labels: Tensor) -> Pipeline:
+    """A linear classifier on frozen features (n, D): scikit-learn's LogisticRegression, standardised."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 300 rounds are the probe's budget, not a fault
-        probe.fit(train.numpy(), train_labels.numpy())
-    return 100 * float(probe.score(test.numpy(), test_labels.numpy()))
+        return probe.fit(features.numpy(), labels.numpy())
+
+
+def linear_top1(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
+    """Accuracy, in percent, of a `linear_probe`."""
+    return 100 * float(linear_probe(train, train_labels).score(test.numpy(), test_labels.numpy()))
 
 
 def nearest(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:

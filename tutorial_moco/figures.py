@@ -18,6 +18,7 @@ COLOURS = {
     "memory_bank": "#E69F00",
     "end_to_end": "#009E73",
     "simclr": "#CC79A7",
+    "moco_v3": "#56B4E9",
     "untrained": "#666666",
     "pixels": "#999999",
 }
@@ -26,6 +27,7 @@ TITLES = {
     "memory_bank": "memory bank",
     "end_to_end": "end-to-end",
     "simclr": "SimCLR",
+    "moco_v3": "MoCo v3",
     "untrained": "untrained encoder",
     "pixels": "raw pixels",
 }

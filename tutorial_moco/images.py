@@ -1,9 +1,9 @@
 """Image sets: from a name, a folder or an archive to uint8 tensors in RAM.
 
-``load_images`` takes ``shapes`` (drawn by code), ``cifar10``, ``cifar100`` or ``stl10`` (downloaded, and checked
-against the published md5 before anything is read), or a path. An archive is walked twice, first to see that it is
-whole and safe, then to decode it. What was made is kept as one safetensors file, of
-which a later start reads only the split it needs.
+``load_images`` takes ``shapes`` (drawn by code), ``digits`` (scikit-learn's), ``cifar10``, ``cifar100`` or ``stl10``
+(downloaded, and checked against the published md5 before anything is read), or a path. An archive is walked twice,
+first to see that it is whole and safe, then to decode it. What was made is kept as one safetensors file, of which a
+later start reads only the split it needs.
 """
 
 from __future__ import annotations
@@ -83,12 +83,13 @@ def load_images(
     """Load one split of a data set, from the cache if it was loaded before.
 
     A name goes before a path: write ``./shapes`` for a folder of that name. ``shapes`` has 10,000 images to train on
-    and 2,000 to test on. ``stl10`` stands for its 5,000 labelled training and 8,000 test images; its 100,000 unlabelled
-    ones are left out. A folder's or an archive's test split is ``test``, else ``val``, ``valid`` or ``validation``,
-    else every 10th image of each class that has at least two. Transparency is dropped, EXIF orientation applied.
+    and 2,000 to test on; ``digits`` 1,437 and 360, the last ones of the set and so by other hands. ``stl10``
+    stands for its 5,000 labelled training and 8,000 test images; its 100,000 unlabelled ones are left out. A folder's
+    or an archive's test split is ``test``, else ``val``, ``valid`` or ``validation``, else every 10th image of each
+    class that has at least two. Transparency is dropped, EXIF orientation applied.
 
     Args:
-        data: ``shapes``, ``cifar10``, ``cifar100``, ``stl10`` in any case, or the path of a folder or an archive.
+        data: ``shapes``, ``digits``, ``cifar10``, ``cifar100``, ``stl10`` in any case, or the path of a folder or an archive.
         split: ``train`` or ``test``.
         image_size: height and width in pixels, at least 8 (``shapes``: 16); the shorter side is resized to it and the
             centre cropped. ``None`` keeps the size of images that are all square, equal and at most 96 pixels wide,
@@ -178,13 +179,17 @@ def _source(data: str | Path, size: int | None, cache: Path, progress: bool) -> 
 
         # Drawing takes long enough to be worth keeping; the code is the data, so a change to it draws anew.
         return name, _key([Path(shapes.__file__).read_bytes()]), lambda: _draw(size or 32)
+    if name == "digits":
+        import sklearn
+
+        return name, _key([sklearn.__version__.encode()]), lambda: _digits(size or 32)
     if name in DOWNLOADS:
         import torchvision
 
         kind = getattr(torchvision.datasets, DOWNLOADS[name])
         return name, _key([kind.tgz_md5.encode()]), lambda: _download(kind, name, size, cache)
     if not os.path.exists(path):
-        names = ", ".join(("shapes", *DOWNLOADS))
+        names = ", ".join(("shapes", "digits", *DOWNLOADS))
         raise DataError(f"no data set or path {str(data)!r}: take one of {names}, or the path of a folder or archive")
     if not path.is_dir() and not path.name.lower().endswith(ARCHIVES):
         raise DataError(f"{path} is neither a folder nor an archive: take one of {', '.join(ARCHIVES)}")
@@ -222,6 +227,21 @@ def _draw(size: int) -> Made:
     for split, (count, seed) in SHAPES.items():
         images, labels, factors = draw_shapes(count, seed, size)
         made[split] = ImageSet("shapes", split, images, labels, SHAPE_CLASSES, _hash(images, labels), factors), ""
+    return made
+
+
+def _digits(size: int) -> Made:
+    """scikit-learn's handwritten digits, 8 x 8 pixels and sixteen grays, brought to the size and to three colours."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    gray = torch.from_numpy(digits.images / 16).float()[:, None]
+    images = torch.nn.functional.interpolate(gray, size=(size, size), mode="bicubic").mul(255).round().clamp(0, 255)
+    images, labels = images.to(torch.uint8).expand(-1, 3, -1, -1), torch.from_numpy(digits.target).long()
+    made, classes, cut = {}, tuple(str(name) for name in digits.target_names), len(labels) * 4 // 5
+    for split, part in (("train", slice(cut)), ("test", slice(cut, None))):
+        pixels, own = images[part].contiguous(), labels[part].clone()
+        made[split] = ImageSet("digits", split, pixels, own, classes, _hash(pixels, own)), ""
     return made
 
 

@@ -11,6 +11,7 @@ MemoryBank     when last seen, up to an   (there is none)                 the da
                epoch ago
 MoCo           the last K / B steps       momentum: a slow copy of f_q    you like: a queue of K keys
 SimCLR         both views, now            back-propagation (same encoder) two batches
+MoCoV3         the other view, now        momentum                        the batch
 =============  =========================  ==============================  =======================================
 
 Shapes: N images of a batch, C dimensions, K negatives.
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tutorial_moco.encoders import Encoder
+from tutorial_moco.encoders import Encoder, build_predictor
 from tutorial_moco.randomness import permutation
 
 
@@ -165,8 +166,7 @@ class MoCo(Mechanism):
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
-        keys, queries = list(self.key_encoder.parameters()), list(self.encoder.parameters())
-        torch._foreach_lerp_(keys, queries, 1 - self.m)  # all parameters in a few calls, not one call each
+        follow(self.key_encoder, self.encoder, self.m)
 
     def update_dictionary(self, contrast: Contrast, index: Tensor) -> None:
         self.enqueue(contrast.k)
@@ -221,6 +221,44 @@ class SimCLR(Mechanism):
     @property
     def dictionary_bytes(self) -> int:
         return 0
+
+
+class MoCoV3(Mechanism):
+    """MoCo v3 (arXiv 2104.02057, algorithm 1): no queue. The negatives are the batch's other keys, made by the slow encoder;
+    the queries go through one network more, the predictor, which has no slow copy; each view is query once and key once.
+
+    The published loss is this one times 2 * temperature, which only scales the learning rate, and m there rises to 1.
+    """
+
+    def __init__(self, encoder: Encoder, m: float = 0.99):
+        super().__init__()
+        self.encoder, self.key_encoder = encoder, deepcopy(encoder).requires_grad_(False)
+        self.predictor, self.m = build_predictor(encoder.dim), m
+
+    def contrast(self, view_q: Tensor, view_k: Tensor, index: Tensor) -> Contrast:
+        q = torch.cat([self.predictor(self.encoder.project(view)) for view in (view_q, view_k)])
+        with torch.no_grad():
+            k = torch.cat([self.key_encoder(view) for view in (view_k, view_q)])
+        of_other_view = torch.eye(2, dtype=torch.bool, device=q.device).logical_not().repeat_interleave(len(index), 0)
+        itself = torch.eye(len(k), dtype=torch.bool, device=q.device)
+        exclude = itself | of_other_view.repeat_interleave(len(index), 1)
+        return Contrast(F.normalize(q.float(), dim=1), k, negatives=k, exclude=exclude)
+
+    @torch.no_grad()
+    def update_key_encoder(self) -> None:
+        follow(self.key_encoder, self.encoder, self.m)
+
+    def update_dictionary(self, contrast: Contrast, index: Tensor) -> None:
+        pass  # it lives for one step
+
+    @property
+    def dictionary_bytes(self) -> int:
+        return 0
+
+
+def follow(key_encoder: nn.Module, encoder: nn.Module, m: float) -> None:
+    """theta_k <- m theta_k + (1 - m) theta_q (equation 2), all parameters in a few calls, not one call each."""
+    torch._foreach_lerp_(list(key_encoder.parameters()), list(encoder.parameters()), 1 - m)
 
 
 def _random_keys(n: int, dim: int, seed: int) -> Tensor:

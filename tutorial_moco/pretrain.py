@@ -18,7 +18,7 @@ from tutorial_moco.errors import UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1, notebooks_knn_top1
 from tutorial_moco.images import ImageSet
 from tutorial_moco.losses import estimate_log_z, info_nce, nce, pretext_accuracy
-from tutorial_moco.mechanisms import Contrast, EndToEnd, Mechanism, MemoryBank, MoCo, SimCLR
+from tutorial_moco.mechanisms import Contrast, EndToEnd, Mechanism, MemoryBank, MoCo, MoCoV3, SimCLR
 from tutorial_moco.randomness import permutation
 from tutorial_moco.recipes import Recipe
 from tutorial_moco.speed import (
@@ -32,6 +32,7 @@ from tutorial_moco.speed import (
     synchronize,
 )
 
+STEPS = (0.6, 0.8)  # of the training, where the paper's schedule takes a tenth: epochs 120 and 160 of 200
 LOG_EVERY = 10  # steps between two points of the loss curve
 MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000  # images of the quick kNN during training
 
@@ -188,9 +189,11 @@ def batches(n: int, recipe: Recipe, step: int, device: torch.device) -> Iterator
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, done: float) -> None:
-    """Linear warm-up, then a cosine down to 0; ``done`` is the share of the training behind us, in [0, 1]."""
+    """Linear warm-up, then the recipe's schedule; ``done`` is the share of the training behind us, in [0, 1]."""
     if done < recipe.warmup:
         share = done / recipe.warmup
+    elif recipe.schedule == "steps":
+        share = 0.1 ** sum(done >= step for step in STEPS)
     else:
         share = 0.5 * (1 + math.cos(math.pi * (done - recipe.warmup) / (1 - recipe.warmup)))
     for group in optimizer.param_groups:
@@ -260,6 +263,8 @@ def build_mechanism(recipe: Recipe, encoder, n: int) -> Mechanism:
         return MoCo(encoder, recipe.K, recipe.m, shuffle=recipe.shuffle, symmetric=recipe.symmetric, seed=recipe.seed)
     if recipe.mechanism == "memory_bank":
         return MemoryBank(encoder, n, recipe.K, recipe.bank_momentum, seed=recipe.seed)
+    if recipe.mechanism == "moco_v3":
+        return MoCoV3(encoder, recipe.m)
     return {"end_to_end": EndToEnd, "simclr": SimCLR}[recipe.mechanism](encoder)
 
 

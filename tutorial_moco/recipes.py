@@ -9,7 +9,7 @@ from typing import Literal
 from tutorial_moco.augment import AUGMENTATIONS
 from tutorial_moco.errors import UsageError
 
-MechanismName = Literal["moco", "memory_bank", "end_to_end", "simclr"]
+MechanismName = Literal["moco", "memory_bank", "end_to_end", "simclr", "moco_v3"]
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,20 @@ class Recipe:
     """
 
     mechanism: MechanismName = "moco"
-    """How the dictionary is kept (Figure 2 of the paper)."""
-    encoder: Literal["tiny", "small", "wide", "resnet18", "resnet50"] = "small"
-    """tiny, small and wide are made for two cores, resnet18 has the stem for small images, resnet50 is the paper's."""
-    head: Literal["linear", "mlp"] = "linear"
-    """What projects features to keys: linear (v1) or mlp (v2)."""
+    """How the dictionary is kept (Figure 2 of the paper); simclr and moco_v3 are its later kin."""
+    encoder: Literal["tiny", "small", "wide", "resnet18", "resnet50", "vit", "vit-learned"] = "small"
+    """tiny, small and wide are made for two cores, resnet18 has the stem for small images, resnet50 is the paper's; vit is a
+    transformer for 32 pixels, its patch projection fixed (as in v3) or learned."""
+    head: Literal["linear", "mlp", "mlp3"] = "linear"
+    """What projects features to keys: linear (v1), mlp (v2) or mlp3 (v3)."""
     dim: int = 128
     """C, the length of keys and queries."""
     norm: str = "batch"
     """batch, split:S (statistics over S parts of the batch, as on S GPUs) or group."""
     K: int = 1024
-    """Negatives: the length of MoCo's queue, the sample from the memory bank. end_to_end and simclr use the batch."""
+    """Negatives: the length of MoCo's queue, the sample from the memory bank. end_to_end, simclr and moco_v3 use the batch."""
     m: float = 0.99
-    """Momentum of MoCo's key encoder, in [0, 1]."""
+    """Momentum of the key encoder of moco and moco_v3, in [0, 1]."""
     temperature: float = 0.1
     """tau of the loss, above 0."""
     loss: Literal["info_nce", "nce"] = "info_nce"
@@ -53,7 +54,9 @@ class Recipe:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD has momentum 0.9."""
     lr: float = 0.12
-    """Learning rate after the warm-up; it falls to 0 along a cosine. Never scaled behind your back."""
+    """Learning rate after the warm-up. Never scaled behind your back."""
+    schedule: Literal["cosine", "steps"] = "cosine"
+    """How it falls: along a cosine to 0 (v2), or to a tenth at 60 % and again at 80 % of the training (v1)."""
     warmup: float = 0.0
     """Share of the training in which the learning rate rises from 0, in [0, 1)."""
     weight_decay: float = 5e-4
@@ -80,7 +83,7 @@ class Recipe:
                 raise UsageError(f"{flag(name)} must be {allowed}, not {getattr(self, name)}")
         if self.mechanism != "moco" and (self.symmetric or self.shuffle):
             raise UsageError(f"--symmetric and --shuffle are MoCo's: leave them out with --mechanism {self.mechanism}")
-        if self.loss == "nce" and self.mechanism in ("end_to_end", "simclr"):
+        if self.loss == "nce" and self.mechanism not in ("moco", "memory_bank"):
             raise UsageError(f"--loss nce needs noise from a dictionary: use moco or memory_bank, not {self.mechanism}")
 
     def replace(self, **changes) -> "Recipe":

@@ -49,7 +49,7 @@ def load_rows(experiment: str | None = None, scale: str = "cpu", path: Path | No
     Raises:
         DataError: there is no such file, or a line of it is no row.
     """
-    path = path or _find(f"study-{scale}.jsonl", "study")
+    path = path or find(f"study-{scale}.jsonl", "study")
     try:
         *lines, torn = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -181,7 +181,7 @@ def load_run(name: str, folder: Path | None = None) -> tuple[Encoder, Recipe, di
     Raises:
         DataError: there is no such file, or it is damaged.
     """
-    tensors, facts = load_checkpoint(_find(f"{name}.safetensors", "snapshots", folder))
+    tensors, facts = load_checkpoint(find(f"{name}.safetensors", "snapshots", folder))
     recipe = Recipe.from_json(facts.pop("recipe"))
     tensors = {key.removeprefix("mechanism."): _single(tensor) for key, tensor in tensors.items()}
     facts |= {key: tensors[key] for key in ("queue", "born") if key in tensors}
@@ -201,7 +201,7 @@ def load_features(name: str, folder: Path | None = None) -> dict[str, object]:
     Raises:
         DataError: there is no such file, or it is damaged.
     """
-    tensors, facts = load_checkpoint(_find(f"{name}-features.safetensors", "snapshots", folder))
+    tensors, facts = load_checkpoint(find(f"{name}-features.safetensors", "snapshots", folder))
     moments = {key: facts.pop(key) for key in ("epochs", "knn")}
     return {key: _single(tensor) for key, tensor in tensors.items()} | moments | {"facts": facts}
 
@@ -216,8 +216,12 @@ def _single(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _find(name: str, maker: str, folder: Path | None = None) -> Path:
-    """data/NAME, upward from this package, else upward from the working directory (a notebook's); or FOLDER/NAME."""
+def find(name: str, maker: str, folder: Path | None = None) -> Path:
+    """Where a shipped file is: data/NAME, upward from this package, else from the working directory; or FOLDER/NAME.
+
+    Raises:
+        DataError: nowhere; ``maker`` is the benchmark that makes it.
+    """
     places = (*Path(__file__).resolve().parents, Path.cwd(), *Path.cwd().parents)
     for place in [folder] if folder else [place / "data" for place in places]:
         if (place / name).is_file():

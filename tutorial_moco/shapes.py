@@ -60,6 +60,7 @@ def _polygon(*corners: tuple[float, float]) -> Outline:
 
 
 _star = [(math.cos(0.2 * math.pi * k), math.sin(0.2 * math.pi * k), 0.42 if k % 2 else 1.0) for k in range(6)]
+ARROW = ((1.0, 0.0), (0.1, 0.85), (0.1, 0.27), (-0.95, 0.27), (-0.95, 0.0))  # tip, barb, neck, tail, its middle
 _heart_tip = _polygon((0.46, 0.0), (0.3, 0.42), (0.02, 0.772), (-0.95, 0.0))  # its long side touches the disc below
 OUTLINES: dict[str, Outline] = {
     "disc": lambda x, y: _disc(x, y, 0.85),
@@ -70,7 +71,7 @@ OUTLINES: dict[str, Outline] = {
     "square": lambda x, y: _box(x, y, 0.72, 0.72),
     "star": _polygon(*((r * cos, r * sin) for cos, sin, r in _star)),
     "cross": lambda x, y: torch.minimum(_box(x, y, 0.95, 0.28), _box(x, y, 0.28, 0.95)),
-    "arrow": _polygon((1.0, 0.0), (0.1, 0.85), (0.1, 0.27), (-0.95, 0.27), (-0.95, 0.0)),
+    "arrow": _polygon(*ARROW),
     "hourglass": _polygon((0.8, 0.0), (0.8, 0.6), (0.0, 0.15), (-0.8, 0.6), (-0.8, 0.0)),
 }
 SHAPE_CLASSES: tuple[str, ...] = tuple(OUTLINES)
@@ -173,14 +174,27 @@ def _colour(luminance: Tensor, hue: Tensor, saturation: Tensor) -> Tensor:
 
 
 def _render(factors: dict[str, Tensor], size: int, generator: torch.Generator) -> Tensor:
+    pixels = _paint(_ground(factors, size, generator), factors["colour"], _signed_distance(factors, size))
+    return _photograph(pixels, factors["light"], size, generator)
+
+
+def _ground(factors: dict[str, Tensor], size: int, generator: torch.Generator) -> Tensor:
+    """Backgrounds (n, 3, size, size) with their texture, in 0..1."""
+    return factors["background"][:, :, None, None] + _texture(factors, size, generator)[:, None]
+
+
+def _paint(pixels: Tensor, colour: Tensor, distance: Tensor) -> Tensor:
+    """Lay objects of these colours (n, 3) and signed distances (n, size, size) over the pixels, in place."""
     # Smoothstep over one pixel: a hard edge would be jagged when cropped and enlarged, a wide one blurs small corners.
-    t = (0.5 - _signed_distance(factors, size)).clamp_(0, 1)
-    cover = (t * t * (3 - 2 * t))[:, None]
-    pixels = factors["background"][:, :, None, None] + _texture(factors, size, generator)[:, None]
-    pixels.lerp_(factors["colour"][:, :, None, None], cover)
+    t = (0.5 - distance).clamp_(0, 1)
+    return pixels.lerp_(colour[:, :, None, None], (t * t * (3 - 2 * t))[:, None])
+
+
+def _photograph(pixels: Tensor, light: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Light (n, 2) falls on the pixels, in place, noise comes on top; as uint8."""
     x, y = _from_centre(torch.full((1, 2), size / 2), size)
-    light = factors["light"][:, :, None, None] / (size / 2)
-    pixels += (light[:, 0] * x + light[:, 1] * y)[:, None]
+    slope = light[:, :, None, None] / (size / 2)
+    pixels += (slope[:, 0] * x + slope[:, 1] * y)[:, None]
     pixels += NOISE * torch.randn(pixels.shape, generator=generator)
     return pixels.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 

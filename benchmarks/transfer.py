@@ -1,0 +1,181 @@
+"""What pre-training is worth on other tasks: ``python -m benchmarks.transfer``, a row for each training, resumable.
+
+Encoders are pre-trained on `shapes` and on CIFAR-10, by each mechanism, with labels, and not at all, with equal budgets;
+each is then the start of each task, with one recipe. Rows go to ``data/study-transfer.jsonl``.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from benchmarks.plan import with_mechanism
+from benchmarks.study import append, make_ready
+from tutorial_moco import speed
+from tutorial_moco.annotated import load_annotated
+from tutorial_moco.checkpoint import pack, save_checkpoint
+from tutorial_moco.cli import parse
+from tutorial_moco.compare import untrained
+from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.images import ImageSet, load_images
+from tutorial_moco.pretrain import Run, pretrain, start
+from tutorial_moco.provenance import provenance
+from tutorial_moco.recipes import RECIPES, Recipe
+from tutorial_moco.results import load_rows
+from tutorial_moco.supervised import classifier, train_classifier
+from tutorial_moco.transfer import Start, classify, dense, load_start, save_trained
+
+STARTS = ("moco", "end_to_end", "memory_bank", "supervised", "untrained")
+SHARES = (0.01, 0.1, 1.0)
+DENSE = ("detect", "segment", "keypoints")
+SCENES = 1000  # to train on: half of what there is
+KEPT = {"moco": DENSE, "untrained": ("detect", "segment")}  # models for the chapter, from `shapes`, seed 0
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Measure what each pre-training is worth on other tasks. Stop it at any time; the same command goes on."""
+
+    data: str = "cifar10"  # the photographs: cifar10, a folder split/class/image, or an archive of one
+    only: str = ""  # tasks: classify, digits, detect, segment, keypoints, separated by commas; all if left out
+    source: str = ""  # shapes or photographs; both if left out
+    seeds: int = 2  # of pre-training and task together
+    epochs: int = 5  # of pre-training on the photographs; on shapes the recipe's
+    encoders: Path = Path("runs/transfer")  # where pre-trained encoders are kept
+    out: Path = Path("data")  # folder of the rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pre-training and what it is the start of."""
+
+    source: str  # shapes or photographs
+    start: str
+    seed: int
+    task: str
+    how: str = ""  # of classify: linear or fine_tuned
+    share: float = 1.0
+
+
+def plan(flags: Flags) -> Iterator[Job]:
+    """All jobs, seed 0 first."""
+    sources = [flags.source] if flags.source else ["shapes", "photographs"]
+    tasks = flags.only.split(",") if flags.only else ["classify", "digits", *DENSE]
+    for seed in range(flags.seeds):
+        for task in tasks:
+            for source in sources:
+                for begin in STARTS:
+                    if task in DENSE:
+                        yield Job(source, begin, seed, task)
+                    elif task in ("classify", "digits"):
+                        yield from (
+                            Job(source, begin, seed, task, how, share) for how in ("linear", "fine_tuned") for share in SHARES
+                        )
+                    else:
+                        raise UsageError(f"--only {task} is not known: choose of classify, digits, {', '.join(DENSE)}")
+
+
+def recipe_of(flags: Flags, job: Job, n: int) -> Recipe:
+    """Pre-training: the recipe of the source with the start's mechanism."""
+    base = RECIPES["shapes"] if job.source == "shapes" else RECIPES["small"].replace(epochs=flags.epochs)
+    base = base.replace(seed=job.seed)
+    return with_mechanism(base, job.start, n) if job.start in STARTS[:3] else base
+
+
+def encoder_of(flags: Flags, job: Job) -> Start:
+    """The start, pre-trained now if it was not before; an untrained one has BatchNorm statistics of its source."""
+    train, _ = images_of(flags, job.source)
+    recipe = recipe_of(flags, job, len(train))
+    path = flags.encoders / f"{job.source}-{job.start}-{job.seed}-{recipe.epochs}.safetensors"
+    if not path.exists():
+        device = speed.default_device()
+        if job.start == "untrained":
+            run = untrained(recipe, train, device)
+        elif job.start == "supervised":
+            run = with_labels(recipe, train, device)
+        else:
+            run = pretrain(recipe, train, progress=False)
+        state = {"recipe": recipe.to_json(), "dtype": str(run.dtype).removeprefix("torch."), "step": run.step}
+        encoder = {f"mechanism.{name}": tensor for name, tensor in pack(encoder=run.mechanism.encoder).items()}
+        save_checkpoint(path, encoder, state | {"seconds": run.seconds})
+    return load_start(path, torch.empty(0))
+
+
+def with_labels(recipe: Recipe, train: ImageSet, device: torch.device) -> Run:
+    """The encoder trained with labels, with the same views and schedule."""
+    run = start(recipe, train, device)
+    encoder = run.mechanism.encoder
+    net = classifier(encoder.backbone, encoder.feature_dim, len(train.classes))
+    curve, run.seconds = train_classifier(net, recipe, train, run.dtype)
+    run.step = len(curve)
+    return run
+
+
+@cache
+def images_of(flags: Flags, source: str) -> tuple[ImageSet, ImageSet]:
+    name = source if source in ("shapes", "digits") else flags.data
+    return load_images(name, "train"), load_images(name, "test")
+
+
+@cache
+def scenes(task: str):
+    return load_annotated("scenes", "train", task, n=SCENES), load_annotated("scenes", "test", task)
+
+
+def measure(flags: Flags, job: Job) -> dict[str, object]:
+    """The row of a job."""
+    began, first = time.perf_counter(), encoder_of(flags, job)
+    facts = {
+        **asdict(job),
+        "encoder": first.recipe.encoder,
+        "pretrain_steps": first.steps,
+        "pretrain_epochs": first.recipe.epochs,
+    }
+    if job.task in DENSE:
+        train, test = scenes(job.task)
+        dtype = torch.bfloat16 if first.recipe.encoder != "tiny" else torch.float32
+        trained = dense(first, job.task, train, test, seed=job.seed, dtype=dtype, progress=False)
+        if job.source == "shapes" and job.seed == 0 and job.task in KEPT.get(job.start, ()):
+            where = flags.out / f"{job.task}-{job.start}.safetensors"
+            save_trained(where, trained, provenance(train, speed.default_device()), half=True)
+        found = trained.result | {"train_seconds": trained.seconds, "precision": str(dtype).removeprefix("torch.")}
+    else:
+        train, test = images_of(flags, "digits" if job.task == "digits" else job.source)
+        found = classify(first, train, test, share=job.share, how=job.how, seed=job.seed, progress=False)
+    wall = round(time.perf_counter() - began, 1)
+    return facts | found | {"wall_seconds": wall} | provenance(train, speed.default_device())
+
+
+def run(flags: Flags) -> str:
+    """Measure what is not there yet; returns the last line to print."""
+    path = flags.out / "study-transfer.jsonl"
+    make_ready(path)
+    rows, jobs = load_rows(path=path), list(plan(flags))
+    todo = [job for job in jobs if not any(all(row.get(k) == v for k, v in asdict(job).items()) for row in rows)]
+    with tqdm(todo, unit="run") as bar:
+        for job in bar:
+            bar.set_description(" ".join(str(value) for value in asdict(job).values() if value != ""))
+            append(path, measure(flags, job))
+    return f"{len(jobs)} rows in {path}, {len(todo)} of them new"
+
+
+def main() -> int:
+    """Measure; returns the exit status: 0 done, 2 wrong usage, 3 bad or missing data, 130 interrupted."""
+    try:
+        print(run(parse(Flags, sys.argv[1:], "python -m benchmarks.transfer")))
+    except (UsageError, DataError) as error:
+        print(f"transfer: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("\ntransfer: interrupted; the same command goes on with the run it was at", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

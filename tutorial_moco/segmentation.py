@@ -1,0 +1,80 @@
+"""Semantic segmentation: which class does each pixel belong to? A fully convolutional network around our encoder.
+
+As the paper's VOC experiment (section 4.2), which MoCo did not win: the encoder, one 3x3 convolution, one 1x1.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.segmentation.fcn import FCNHead
+
+from tutorial_moco.augment import MEAN, STD
+from tutorial_moco.dense import freeze, trunk
+
+IGNORED = 255  # a pixel without a label, as in VOC
+
+
+class Segmenter(nn.Module):
+    """The encoder's last map, two convolutions, and as many classes as there are and the ground for each pixel.
+
+    In training mode it takes lists of images (3, H, W) in [0, 1] and targets with ``semantic`` (H, W), and returns a
+    dictionary with the loss; else a list of dictionaries with ``semantic``, int64 (H, W). Images may differ in size.
+    """
+
+    def __init__(self, backbone: nn.Module, classes: int, *, frozen: bool = False):
+        super().__init__()
+        self.net, stages = trunk(backbone)
+        channels, _ = list(stages.values())[-1]
+        _dilate(self.net, stages)
+        if frozen:
+            freeze(self.net)
+        self.head = FCNHead(channels, classes + 1)
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(STD)[:, None, None])
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
+        sizes = [image.shape[-2:] for image in images]
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        batch = torch.stack([_padded((i - self.mean) / self.std, height, width, 0.0) for i in images])
+        logits = self.head(self.net(batch.contiguous(memory_format=torch.channels_last))).float()
+        logits = F.interpolate(logits, size=(height, width), mode="bilinear")
+        if targets is not None:
+            wanted = torch.stack([_padded(target["semantic"], height, width, IGNORED) for target in targets])
+            return {"loss": F.cross_entropy(logits, wanted, ignore_index=IGNORED)}
+        return [{"semantic": found[:h, :w]} for found, (h, w) in zip(logits.argmax(dim=1), sizes, strict=True)]
+
+
+def _padded(x: Tensor, height: int, width: int, value: float) -> Tensor:
+    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=value)
+
+
+def _dilate(net: nn.Sequential, stages: dict[str, tuple[int, int]]) -> None:
+    """Let later stages keep the second one's grid and look further apart instead (arXiv 1606.00915): each cell sees what it
+    saw, but there are enough of them to draw an outline with, one in 8 pixels of a ResNet's and in 4 of a small encoder's."""
+    grid = list(stages.values())[1][1]
+    for name, (_, stride) in stages.items():
+        apart = stride // grid  # in cells of the grid, what were neighbours after this stage's stride
+        for module in net.get_submodule(name).modules() if apart > 1 else ():
+            if isinstance(module, nn.Conv2d):
+                at = apart // 2 if module.stride == (2, 2) else apart
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (at, at)
+
+
+def mean_iou(pairs: Iterable[tuple[dict, dict]], classes: int) -> float:
+    """Mean over the classes and the ground of intersection over union, in percent; classes that nobody named are left out.
+
+    Args:
+        pairs: for each image its target and the answer, both with ``semantic`` int64 (H, W); where the target is 255
+            nothing is judged. classes: without the ground.
+    """
+    counts = torch.zeros(classes + 1, classes + 1, dtype=torch.int64)
+    for target, answer in pairs:
+        judged = target["semantic"] != IGNORED
+        both = target["semantic"][judged] * (classes + 1) + answer["semantic"][judged]
+        counts += both.bincount(minlength=counts.numel()).view_as(counts)
+    union = counts.sum(dim=0) + counts.sum(dim=1) - counts.diag()
+    return 100 * (counts.diag()[union > 0] / union[union > 0]).mean().item()

@@ -1,0 +1,170 @@
+"""Pictures of other tasks: what a detector and a segmenter drew, and accuracy against the number of labels."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from tutorial_moco.figures import CLASS_COLOURS, figure
+from tutorial_moco.figures import COLOURS as MECHANISMS
+from tutorial_moco.figures import TITLES as NAMES
+from tutorial_moco.results import mean_and_interval
+
+SURE = 0.5  # answers below this score are not drawn
+COLOURS = MECHANISMS | {"supervised": "#D55E00"}
+TITLES = NAMES | {"supervised": "with labels", "untrained": "fresh weights"}
+STARTS = ("untrained", "memory_bank", "end_to_end", "moco", "supervised")
+_BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
+
+
+def detections(
+    images: Sequence[Tensor], targets: Sequence[dict], answers: dict[str, Sequence[dict]], classes: tuple[str, ...]
+) -> Figure:
+    """A column for each image: above what is there, below what each detector says, surer than a half.
+
+    Args:
+        images: uint8 (3, H, W). targets: what is there. answers: by the name of the start. classes: without the ground.
+    """
+    rows = {"what is there": targets, **answers}
+    fig = figure(1.9 * len(images) + 0.3, 2.0 * len(rows))
+    grid = fig.subplots(len(rows), len(images), squeeze=False)
+    for line, (name, found) in zip(grid, rows.items(), strict=True):
+        for axes, image, objects in zip(line, images, found, strict=True):
+            _show(axes, image)
+            _draw_objects(axes, objects, classes)
+        line[0].set_ylabel(name, fontsize=9)
+    return fig
+
+
+def segmentations(
+    images: Sequence[Tensor], targets: Sequence[dict], answers: dict[str, Sequence[dict]], classes: tuple[str, ...]
+) -> Figure:
+    """A column for each image: the image, the class of each pixel, and what each segmenter says. Arguments as above."""
+    rows = {"image": None, "what is there": targets, **answers}
+    fig = figure(1.9 * len(images) + 0.3, 2.0 * len(rows))
+    grid = fig.subplots(len(rows), len(images), squeeze=False)
+    seen: set[int] = set()
+    for line, (name, found) in zip(grid, rows.items(), strict=True):
+        for axes, image, answer in zip(line, images, found or [None] * len(images), strict=True):
+            _show(axes, image)
+            if answer is not None:
+                axes.imshow(_painted(answer["semantic"]))
+                seen |= set(answer["semantic"].unique().tolist()) - {0, 255}
+        line[0].set_ylabel(name, fontsize=9)
+    marks = [Rectangle((0, 0), 1, 1, color=_colour(label)) for label in sorted(seen)]
+    fig.legend(marks, [classes[label - 1] for label in sorted(seen)], loc="outside lower center", ncols=6, fontsize=8)
+    return fig
+
+
+def label_curves(rows: Sequence[dict], field: str, colours: dict[str, str], titles: dict[str, str], level: float) -> Figure:
+    """Accuracy in percent against the number of labels, a line for each start, with the spread over seeds.
+
+    Args:
+        rows: with ``start``, ``labels`` and the field. colours, titles: of each start. level: accuracy of guessing.
+    """
+    fig = figure(6.4, 3.6)
+    axes = fig.add_subplot(xlabel="images with a label", ylabel="test accuracy (%)", xscale="log")
+    for start in dict.fromkeys(row["start"] for row in rows):
+        own = [row for row in rows if row["start"] == start and row.get(field) is not None]
+        numbers = sorted({row["labels"] for row in own})
+        points = [mean_and_interval([row[field] for row in own if row["labels"] == number]) for number in numbers]
+        spread = np.nan_to_num([half for _, half in points])
+        axes.errorbar(
+            numbers, [mean for mean, _ in points], spread, marker="o", capsize=3, color=colours[start], label=titles[start]
+        )
+    axes.axhline(level, linestyle="--", linewidth=1, color="#444444")
+    axes.text(0.99, level, "chance", fontsize=8, ha="right", va="bottom", transform=axes.get_yaxis_transform())
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return fig
+
+
+def worth(rows: Sequence[dict]) -> Figure:
+    """What each start was worth, a panel for each task: the seeds as dots, their mean with its 95 % interval as a bar.
+
+    Args:
+        rows: of one source, as ``python -m benchmarks.transfer`` writes them.
+    """
+    panels = [(title, keep, field) for title, keep, field in PANELS if any(keep(row) and field in row for row in rows)]
+    starts = [name for name in STARTS if any(row["start"] == name for row in rows)]
+    fig = figure(2.1 * len(panels) + 1.3, 0.36 * len(starts) + 1.1)
+    line = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, keep, field) in zip(line, panels, strict=True):
+        for place, name in enumerate(starts):
+            values = [row[field] for row in rows if keep(row) and row["start"] == name and field in row]
+            if values:
+                mean, half = mean_and_interval(values)
+                axes.plot(values, [place] * len(values), "|", color=COLOURS[name], markersize=9, alpha=0.6)
+                axes.errorbar(mean, place, xerr=0 if np.isnan(half) else half, fmt="o", capsize=3, color=COLOURS[name])
+                axes.annotate(f"{mean:.1f}", (mean, place), (0, 6), textcoords="offset points", fontsize=7.5, ha="center")
+        axes.set_title(title, fontsize=9)
+        axes.margins(x=0.25)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    line[0].set_yticks(range(len(starts)), [TITLES[name] for name in starts])
+    line[0].set_ylim(len(starts) - 0.5, -0.7)
+    fig.supxlabel("percent of the test images, AP or mIoU", fontsize=9)
+    return fig
+
+
+def _classified(how: str, share: float) -> Callable[[dict], bool]:
+    return lambda row: (row["task"], row.get("how"), row.get("share")) == ("classify", how, share)
+
+
+def _task(name: str) -> Callable[[dict], bool]:
+    return lambda row: row["task"] == name
+
+
+# A panel's title, the rows it is about, and their measure.
+PANELS = (
+    ("linear, 1 % of labels", _classified("linear", 0.01), "linear_top1"),
+    ("linear, all labels", _classified("linear", 1.0), "linear_top1"),
+    ("fine-tuned, 1 %", _classified("fine_tuned", 0.01), "fine_tuned_top1"),
+    ("fine-tuned, all", _classified("fine_tuned", 1.0), "fine_tuned_top1"),
+    ("detection, box AP", _task("detect"), "ap_boxes"),
+    ("segments, mask AP", _task("detect"), "ap_masks"),
+    ("keypoint AP", _task("keypoints"), "ap_keypoints"),
+    ("semantic, mIoU", _task("segment"), "miou"),
+)
+
+
+def _show(axes: Axes, image: Tensor) -> None:
+    axes.imshow(image.permute(1, 2, 0).numpy())
+    axes.set(xticks=[], yticks=[])
+
+
+def _draw_objects(axes: Axes, objects: dict[str, Tensor], classes: tuple[str, ...]) -> None:
+    """Box, name, mask and corners of each object; those of low score are left out."""
+    scores = objects.get("scores")
+    for i, (box, label) in enumerate(zip(objects["boxes"].tolist(), objects["labels"].tolist(), strict=True)):
+        if scores is not None and scores[i] < SURE:
+            continue
+        x0, y0, x1, y1 = box
+        colour = _colour(label)
+        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4))
+        words = classes[label - 1] + ("" if scores is None else f" {100 * scores[i]:.0f}")
+        axes.text(x0, max(y0 - 2, 4), words, fontsize=6, color=colour, bbox=_BACKED)
+        if "masks" in objects:
+            mask = objects["masks"][i].reshape(objects["masks"].shape[-2:]).numpy() >= 0.5
+            axes.imshow(np.dstack([np.broadcast_to(to_rgb(colour), (*mask.shape, 3)), 0.45 * mask]))
+        if "keypoints" in objects:
+            points = objects["keypoints"][i]
+            points = points[points[:, 2] > 0]
+            axes.plot(points[:, 0] - 0.5, points[:, 1] - 0.5, "o", color="white", markeredgecolor="black", markersize=3.5)
+
+
+def _painted(semantic: Tensor) -> np.ndarray:
+    """Class of each pixel (H, W) as colours over the image: (H, W, 4), the ground clear."""
+    labels = semantic.numpy()
+    table = np.array([(0, 0, 0, 0), *((*to_rgb(c), 0.75) for c in CLASS_COLOURS)])
+    painted = table[np.where(labels == 0, 0, (labels - 1) % len(CLASS_COLOURS) + 1)]
+    painted[labels == 255] = (1, 1, 1, 0.9)
+    return painted
+
+
+def _colour(label: int) -> str:
+    return CLASS_COLOURS[(label - 1) % len(CLASS_COLOURS)]
