@@ -49,6 +49,11 @@ def test_targets_are_the_patches_in_their_places():
         torch.testing.assert_close(targets[:, number], expected)
 
 
+def test_patches_put_back_are_the_image():
+    net, images = autoencoder(), views()
+    assert torch.equal(net.unpatchify(net.patchify(images)), images)
+
+
 def test_the_loss_is_that_of_the_hidden_patches_alone():
     net, images, order = autoencoder(), views(), mask_order(torch.arange(3), GRID**2, seed=0, epoch=0)
     error = (net(images, order) - net.targets(images)).square()

@@ -63,10 +63,21 @@ class MaskedAutoencoder(nn.Module):
         painted = self.decoder(torch.cat([known[:, :1], whole], dim=1) + self.positions)
         return self.to_pixels(painted[:, 1:]).float()
 
+    def patchify(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) as patches (N, patches, 3 * patch * patch), row by row."""
+        p, grid = self.patch, images.shape[-1] // self.patch
+        cut = images.reshape(len(images), 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
+        return cut.reshape(len(images), grid * grid, 3 * p * p)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """The images that `patchify` cut."""
+        p, grid = self.patch, round(self.patches**0.5)
+        whole = patches.reshape(len(patches), grid, grid, 3, p, p).permute(0, 3, 1, 4, 2, 5)
+        return whole.reshape(len(patches), 3, grid * p, grid * p)
+
     def targets(self, images: Tensor) -> Tensor:
-        """The patches (N, patches, 3 * patch * patch), each brought to mean 0 and spread 1, which the paper found better."""
-        N, (p, grid) = len(images), (self.patch, images.shape[-1] // self.patch)
-        patches = images.reshape(N, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(N, grid * grid, -1)
+        """The patches, each brought to mean 0 and spread 1, which the paper found better."""
+        patches = self.patchify(images)
         return (patches - patches.mean(dim=2, keepdim=True)) / (patches.std(dim=2, keepdim=True) + 1e-3)
 
     def loss(self, images: Tensor, order: Tensor) -> Tensor:

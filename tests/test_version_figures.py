@@ -1,0 +1,56 @@
+"""Pictures of MoCo's versions: every run of the experiment has its place, and what is painted lies where it was hidden."""
+
+import numpy as np
+import torch
+
+from benchmarks.plan import BASES, EXPERIMENTS
+from tutorial_moco.augment import plain_view
+from tutorial_moco.encoders import build_encoder
+from tutorial_moco.masked import MaskedAutoencoder, mask_order
+from tutorial_moco.report import png
+from tutorial_moco.shapes import draw_shapes
+from tutorial_moco.version_figures import KIN, V2_TABLE, filters, kin, painted, schedules, v2_setting, v2_table
+
+
+def rows(seeds=2):
+    """The experiment's jobs with made-up accuracies."""
+    base, found = BASES["small"].replace(epochs=5), []
+    for seed in range(seeds):
+        for place, job in enumerate(EXPERIMENTS["versions"](base.replace(seed=seed), torch.arange(2000) % 10)):
+            made_up = {"kind": job.kind, "linear_top1": 40.0 + place + seed, "knn_top1": 38.0 + place, "failed": None}
+            found.append(job.identity("") | made_up)
+    return found
+
+
+def test_every_run_of_the_experiment_is_in_one_of_the_pictures_and_each_line_has_its_runs():
+    named = [(v2_setting(row), [name for name, keep in KIN.items() if keep(row)]) for row in rows(1)]
+    assert all(setting or kinds for setting, kinds in named)
+    assert all(len(kinds) <= 1 for _, kinds in named)
+    assert {setting for setting, _ in named if setting} == set(V2_TABLE)
+    assert {kind for _, kinds in named for kind in kinds} == set(KIN)
+
+
+def test_pictures_are_drawn_of_rows_of_one_seed_and_of_several():
+    for seeds in (1, 2):
+        for draw in (v2_table, kin):
+            assert len(png(draw(rows(seeds)), dpi=50)) > 5000
+    axes = v2_table(rows()).axes
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == list(V2_TABLE)
+    assert [line.get_xdata()[0] for line in axes[1].lines if line.get_marker() == "D"] == [40.5 + i for i in range(6)]
+    assert len(schedules({"cosine": [1, 0.5, 0], "steps": [1, 0.1, 0.01]}).axes[0].lines) == 2
+    assert len(filters(build_encoder("vit").backbone.conv_proj.weight).axes) == 96
+
+
+def test_a_painted_picture_keeps_what_was_seen_and_blanks_what_was_not():
+    torch.manual_seed(0)
+    net = MaskedAutoencoder(build_encoder("vit-learned").backbone)
+    views = plain_view(draw_shapes(2, seed=0)[0])
+    order = mask_order(torch.arange(2), 64, seed=0, epoch=0)
+    shown = [axes.images[0].get_array() for axes in painted(net, views, order).axes]
+    whole, seen, guessed = np.stack(shown[:2]), np.stack(shown[2:4]), np.stack(shown[4:])
+    for i in range(2):
+        for place, number in enumerate(order[i].tolist()):
+            row, column = (4 * at for at in divmod(number, 8))
+            patch = np.s_[i, row : row + 4, column : column + 4]
+            assert np.allclose(guessed[patch], whole[patch], atol=1e-5) == (place < net.seen)
+            assert np.allclose(seen[patch], whole[patch], atol=1e-5) == (place < net.seen)

@@ -1,0 +1,136 @@
+"""Pictures of the chapter on MoCo's versions and its kin: the v2 table, schedules, patch filters, and what a painter paints."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from tutorial_moco.augment import MEAN, STD
+from tutorial_moco.figures import COLOURS, figure
+from tutorial_moco.masked import MaskedAutoencoder
+from tutorial_moco.results import mean_and_interval, values
+
+# The v2 paper's Table 1 (arXiv 2003.04297): ImageNet, ResNet-50, linear accuracy after 200 epochs, the last after 800.
+V2_TABLE = {
+    "v1": 60.6, "+ MLP head": 66.2, "+ augmentation": 63.4, "+ both": 67.3, "+ cosine (v2)": 67.5, "v2, 4 times as long": 71.1,
+}  # fmt: skip
+
+
+def v2_setting(row: dict) -> str | None:
+    """Which line of the v2 paper's table a row of ``versions`` is; None if it is none."""
+    if row["kind"] != "pretrain" or row["mechanism"] != "moco":
+        return None
+    head, views, cosine = row["head"] == "mlp", row["augmentation"] == "v2", row.get("schedule", "cosine") == "cosine"
+    if cosine:
+        return "+ cosine (v2)" if row["epochs"] < 20 else "v2, 4 times as long"
+    if head:
+        return "+ both" if views else "+ MLP head"
+    return "+ augmentation" if views else "v1"
+
+
+def v2_table(rows: Sequence[dict]) -> Figure:
+    """The switches from v1 to v2, one at a time: the paper's accuracies, and linear (filled) and kNN (hollow) here."""
+    fig = figure(8.4, 3.2)
+    there, here = fig.subplots(1, 2, sharey=True)
+    names = list(V2_TABLE)
+    there.plot(list(V2_TABLE.values()), range(len(names)), "D", color=COLOURS["moco"])
+    for place, (name, accuracy) in enumerate(V2_TABLE.items()):
+        there.annotate(f"{accuracy}", (accuracy, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        _dots(here, place, [row for row in rows if v2_setting(row) == name], COLOURS["moco"])
+    there.set(title="ImageNet, ResNet-50, 200 epochs", xlabel="linear accuracy (%)")
+    here.set(title="CIFAR-10, small encoder, minutes", xlabel="linear and kNN accuracy (%)")
+    there.set_yticks(range(len(names)), names)
+    there.set_ylim(len(names) - 0.5, -0.7)
+    for axes in (there, here):
+        _dressed(axes)
+    return fig
+
+
+KIN: dict[str, Callable[[dict], bool]] = {
+    "untrained transformer": lambda row: row["kind"] == "untrained",
+    "masked auto-encoder, transformer": lambda row: row["kind"] == "masked",
+    "MoCo v3, transformer, patches learned": lambda row: (row["mechanism"], row["encoder"]) == ("moco_v3", "vit-learned"),
+    "MoCo v3, transformer, patches fixed": lambda row: (row["mechanism"], row["encoder"]) == ("moco_v3", "vit"),
+    "with labels, transformer": lambda row: row["kind"] == "supervised",
+    "MoCo v3": lambda row: (row["mechanism"], row["encoder"][:3]) == ("moco_v3", "sma"),
+    "SimCLR": lambda row: row["mechanism"] == "simclr",
+    "MoCo v2": lambda row: v2_setting(row) == "+ cosine (v2)",
+}
+
+
+def kin(rows: Sequence[dict]) -> Figure:
+    """MoCo v2 beside its kin, and the transformers: linear (filled) and kNN (hollow)."""
+    fig = figure(7.2, 3.4)
+    axes = fig.add_subplot(xlabel="linear and kNN accuracy (%)")
+    for place, (_, keep) in enumerate(KIN.items()):
+        _dots(axes, place, [row for row in rows if keep(row)], COLOURS["moco"] if place > 4 else COLOURS["memory_bank"])
+    axes.set_yticks(range(len(KIN)), list(KIN))
+    axes.set_ylim(len(KIN) - 0.5, -0.7)
+    _dressed(axes)
+    return fig
+
+
+def schedules(curves: dict[str, Sequence[float]]) -> Figure:
+    """Learning rates over the share of the training that is done, a line for each."""
+    fig = figure(5.6, 2.6)
+    axes = fig.add_subplot(xlabel="share of the training", ylabel="learning rate, of the first")
+    for (name, rates), style in zip(curves.items(), ("-", "--", ":"), strict=False):
+        axes.plot([i / (len(rates) - 1) for i in range(len(rates))], rates, style, label=name, color="#0072B2")
+    axes.legend(frameon=False, fontsize=8)
+    _dressed(axes)
+    return fig
+
+
+def filters(weight: Tensor, columns: int = 16) -> Figure:
+    """A patch projection's filters (n, 3, p, p) as pictures, each brought to its own full range."""
+    rows = -(-len(weight) // columns)
+    fig = figure(0.42 * columns, 0.45 * rows)
+    for axes, picture in zip(fig.subplots(rows, columns).flat, weight.detach(), strict=False):
+        low, high = picture.amin(), picture.amax()
+        axes.imshow(((picture - low) / (high - low)).permute(1, 2, 0).numpy())
+    for axes in fig.axes:
+        axes.set_axis_off()
+    return fig
+
+
+@torch.no_grad()
+def painted(net: MaskedAutoencoder, views: Tensor, order: Tensor) -> Figure:
+    """Three rows: images, what the encoder sees of them, and what is painted into the gaps.
+
+    Args:
+        views: float32 (n, 3, H, W), normalised. order: int64 (n, patches); the first ``net.seen`` are seen.
+    """
+    patches = net.patchify(views)
+    mean, spread = patches.mean(dim=2, keepdim=True), patches.std(dim=2, keepdim=True)
+    guess = net(views, order) * (spread + 1e-3) + mean  # what it paints has each patch's brightness and contrast taken out
+    seen = torch.zeros(order.shape, dtype=torch.bool).scatter(1, order[:, : net.seen], True)[:, :, None]
+    rows = {"image": patches, "seen": patches.where(seen, 0.0), "painted": patches.where(seen, guess)}
+    fig = figure(1.1 * len(views) + 0.5, 3.6)
+    grid = fig.subplots(3, len(views))
+    for line, (name, content) in zip(grid, rows.items(), strict=True):
+        for axes, picture in zip(line, net.unpatchify(content), strict=True):
+            pixels = picture * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+            axes.imshow(pixels.clamp(0, 1).permute(1, 2, 0).numpy())
+            axes.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, fontsize=9)
+    return fig
+
+
+def _dots(axes: Axes, place: float, rows: Sequence[dict], colour: str) -> None:
+    """Linear and kNN accuracy of runs, mean and 95 % interval over seeds."""
+    for name, face, offset in (("linear_top1", colour, -0.12), ("knn_top1", "white", 0.12)):
+        found = values(rows, lambda row, name=name: row[name])
+        if found:
+            mean, half = mean_and_interval(found)
+            half = 0.0 if half != half else half
+            axes.errorbar(mean, place + offset, xerr=half, fmt="D" if offset < 0 else "o", color=colour, mfc=face, capsize=2.5)
+            if offset < 0:
+                axes.annotate(f"{mean:.1f}", (mean, place), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+
+
+def _dressed(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.margins(x=0.15)
