@@ -51,7 +51,7 @@ def train_classifier(
     Raises:
         UsageError: fewer images than a batch; the loss is not finite, and then the weights are those before that step.
     """
-    check(recipe, len(train), None)
+    check(recipe.replace(mechanism="moco"), len(train), None)  # a memory bank's K may be more than a few labelled images
     speed.keep_freed_memory()
     device, optimizer = next(net.parameters()).device, build_optimizer(recipe, net)
     images, labels = train.images.to(device), train.labels.to(device)
