@@ -67,7 +67,7 @@ def label_curves(rows: Sequence[dict], field: str, colours: dict[str, str], titl
         rows: with ``start``, ``labels`` and the field. colours, titles: of each start. level: accuracy of guessing.
     """
     fig = figure(6.4, 3.6)
-    axes = fig.add_subplot(xlabel="images with a label", ylabel="test accuracy (%)", xscale="log")
+    axes = fig.add_subplot(xlabel="images with a label", ylabel="test accuracy (%)")
     for start in dict.fromkeys(row["start"] for row in rows):
         own = [row for row in rows if row["start"] == start and row.get(field) is not None]
         numbers = sorted({row["labels"] for row in own})
@@ -76,7 +76,7 @@ def label_curves(rows: Sequence[dict], field: str, colours: dict[str, str], titl
         axes.errorbar(
             numbers, [mean for mean, _ in points], spread, marker="o", capsize=3, color=colours[start], label=titles[start]
         )
-    axes.set_xlim(0.7 * min(row["labels"] for row in rows), 1.4 * max(row["labels"] for row in rows))
+    axes.set(xscale="log", xlim=(0.7 * min(row["labels"] for row in rows), 1.4 * max(row["labels"] for row in rows)))
     axes.axhline(level, linestyle="--", linewidth=1, color="#444444")
     axes.text(0.99, level, "chance", fontsize=8, ha="right", va="bottom", transform=axes.get_yaxis_transform())
     axes.legend(fontsize=8, frameon=False)
