@@ -302,3 +302,14 @@ def test_a_model_survives_its_file(tmp_path):
     assert facts["result"] == {"miou": 1.0}
     with pytest.raises(DataError, match="holds no model of a dense task"):
         transfer.load_trained(SHIPPED)
+
+
+def test_fine_tuning_is_the_same_from_every_start(monkeypatch):
+    """Only the weights differ: views, batches, rates and schedule are the task's."""
+    seen, train = [], shapes(128, 0, "train")
+    monkeypatch.setattr(transfer, "train_classifier", lambda net, recipe, *_, **__: seen.append(recipe) or ([], 1.0))
+    for name in (SHIPPED, SHIPPED.parent / "memory_bank.safetensors", "none"):
+        start = load_start(name, plain_view(train.images), encoder="tiny")
+        classify(start, train, train, how="fine_tuned", progress=False)
+    same = ("augmentation", "batch_size", "epochs", "lr", "warmup", "schedule", "optimizer", "weight_decay", "seed")
+    assert len({tuple(getattr(recipe, name) for name in same) for recipe in seen}) == 1

@@ -119,7 +119,7 @@ class Transfer:
     epochs: int | None = None
     """Passes over all images; 5 for classify, where fewer images are seen more often, else 8."""
     lr: float | None = None
-    """Learning rate; 0.1 for classify, 0.02 for detect and keypoints, 0.2 for segment."""
+    """Learning rate; 0.1 for classify (a transformer's own), 0.02 for detect and keypoints, 0.2 for segment."""
     batch_size: int | None = None
     """Images of a step; 64 for classify, else 8."""
     neck: Literal["fpn", "c4"] = "fpn"

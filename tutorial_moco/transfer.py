@@ -109,7 +109,12 @@ def classify(
         return {"labels": len(part), "linear_top1": linear_top1(known, part.labels, asked, test.labels)}
     usual = SETTINGS["classify"]
     passes, batch = round((epochs or usual[0]) / share**0.5), min(batch_size or usual[1], len(part))
-    recipe = start.recipe.replace(epochs=passes, batch_size=batch, lr=lr or usual[2], warmup=0.1, seed=seed)
+    views = RECIPES[
+        "shapes" if train.name == "shapes" else "small"
+    ].augmentation  # of the task, whatever the start was trained on
+    step = lr or (usual[2] if start.recipe.optimizer == "sgd" else start.recipe.lr)  # a transformer keeps its optimizer
+    how = {"epochs": passes, "batch_size": batch, "lr": step, "warmup": 0.1, "seed": seed, "augmentation": views}
+    recipe = start.recipe.replace(**how, schedule="cosine")
     torch.manual_seed(seed)
     net = classifier(deepcopy(start.backbone).to(device), start.feature_dim, len(train.classes)).train()
     if known is not None:
