@@ -117,7 +117,7 @@ class Transfer:
     labels: tuple[float, ...] = (0.01, 0.1, 1.0)
     """classify: shares of the labels to use."""
     epochs: int | None = None
-    """Passes over all images; 5 for classify, where fewer images are seen more often, else 8."""
+    """Passes over all images; 5 for classify, where fewer images are seen more often, 16 for segment, else 8."""
     lr: float | None = None
     """Learning rate; 0.1 for classify (a transformer's own), 0.02 for detect and keypoints, 0.2 for segment."""
     batch_size: int | None = None

@@ -30,7 +30,7 @@ from tutorial_moco.supervised import begin_with_probe, classifier, top1, train_c
 FRESH = "none"  # in place of a checkpoint
 FEW = 5_000_003  # keeps the draw of labelled images apart from the orders of epochs
 # How each task is trained at classroom scale: epochs for all images, batch, learning rate. How they were chosen: docs/LOG.md.
-SETTINGS = {"classify": (5, 64, 0.1), "detect": (8, 8, 0.02), "keypoints": (8, 8, 0.02), "segment": (8, 8, 0.2)}
+SETTINGS = {"classify": (5, 64, 0.1), "detect": (8, 8, 0.02), "keypoints": (8, 8, 0.02), "segment": (16, 8, 0.2)}
 
 
 @dataclass(frozen=True)
