@@ -46,6 +46,10 @@ READ = {  # chapter and section, by the name that a message begins with
     "logits_of": "01, From similarities to a loss",
     "embed": "01, From similarities to a loss",
     "look_up": "04, Rung one: order the lines (8 minutes)",
+    "few_labels": "08, 1. A hundred labels",
+    "iou": "08, 2. Where is it?",
+    "average_precision": "08, 2. Where is it?",
+    "mean_iou": "08, 3. Which pixels are it?",
 }
 
 

@@ -30,7 +30,7 @@ def detections(
         images: uint8 (3, H, W). targets: what is there. answers: by the name of the start. classes: without the ground.
     """
     rows = {"what is there": targets, **answers}
-    fig = figure(1.9 * len(images) + 0.3, 2.0 * len(rows))
+    fig = figure(1.5 * len(images) + 0.3, 1.6 * len(rows))
     grid = fig.subplots(len(rows), len(images), squeeze=False)
     for line, (name, found) in zip(grid, rows.items(), strict=True):
         for axes, image, objects in zip(line, images, found, strict=True):
@@ -45,7 +45,7 @@ def segmentations(
 ) -> Figure:
     """A column for each image: the image, the class of each pixel, and what each segmenter says. Arguments as above."""
     rows = {"image": None, "what is there": targets, **answers}
-    fig = figure(1.9 * len(images) + 0.3, 2.0 * len(rows))
+    fig = figure(1.5 * len(images) + 0.3, 1.6 * len(rows))
     grid = fig.subplots(len(rows), len(images), squeeze=False)
     seen: set[int] = set()
     for line, (name, found) in zip(grid, rows.items(), strict=True):
