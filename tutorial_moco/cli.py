@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -131,7 +131,7 @@ class Transfer:
     seeds: int = 1
     """Trainings from each start."""
     out: Path | None = None
-    """Folder for result and report; runs/transfer-TASK if left out."""
+    """Folder for result, report and models; runs/transfer-TASK-... if left out."""
     json: Path | None = None
     """Also write the result, with where it comes from, to this file."""
 
@@ -242,7 +242,8 @@ def run_transfer(flags: Transfer) -> dict:
         train, test = (load_annotated(flags.data or "scenes", split, flags.task) for split in ("train", "test"))
     few = sample(train)
     starts = [load_start(path, few, encoder=flags.encoder) for path in dict.fromkeys(flags.checkpoint)]
-    out = flags.out or Path("runs") / f"transfer-{flags.task}"
+    told = repr(replace(flags, json=None, out=None))  # another command has another folder
+    out = flags.out or Path("runs") / f"transfer-{flags.task}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     how = {"epochs": flags.epochs, "lr": flags.lr, "batch_size": flags.batch_size}
     if flags.task == "classify":
         return transfer_classify(starts, train, test, flags.labels, flags.seeds, out, **how)

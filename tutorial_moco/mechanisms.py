@@ -166,7 +166,8 @@ class MoCo(Mechanism):
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
-        follow(self.key_encoder, self.encoder, self.m)
+        keys, queries = list(self.key_encoder.parameters()), list(self.encoder.parameters())
+        torch._foreach_lerp_(keys, queries, 1 - self.m)  # all parameters in a few calls, not one call each
 
     def update_dictionary(self, contrast: Contrast, index: Tensor) -> None:
         self.enqueue(contrast.k)
@@ -244,9 +245,7 @@ class MoCoV3(Mechanism):
         exclude = itself | of_other_view.repeat_interleave(len(index), 1)
         return Contrast(F.normalize(q.float(), dim=1), k, negatives=k, exclude=exclude)
 
-    @torch.no_grad()
-    def update_key_encoder(self) -> None:
-        follow(self.key_encoder, self.encoder, self.m)
+    update_key_encoder = MoCo.update_key_encoder  # the predictor has no slow copy
 
     def update_dictionary(self, contrast: Contrast, index: Tensor) -> None:
         pass  # it lives for one step
@@ -254,11 +253,6 @@ class MoCoV3(Mechanism):
     @property
     def dictionary_bytes(self) -> int:
         return 0
-
-
-def follow(key_encoder: nn.Module, encoder: nn.Module, m: float) -> None:
-    """theta_k <- m theta_k + (1 - m) theta_q (equation 2), all parameters in a few calls, not one call each."""
-    torch._foreach_lerp_(list(key_encoder.parameters()), list(encoder.parameters()), 1 - m)
 
 
 def _random_keys(n: int, dim: int, seed: int) -> Tensor:

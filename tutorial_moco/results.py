@@ -30,6 +30,18 @@ VARIED = {  # in which settings the rows of an experiment and a mechanism differ
     "data_size": ("n", "epochs"),
     "cost": ("K", "batch_size"),
     "drift": ("m",),
+    "versions": (
+        "encoder",
+        "head",
+        "temperature",
+        "augmentation",
+        "schedule",
+        "epochs",
+        "optimizer",
+        "lr",
+        "weight_decay",
+        "warmup",
+    ),
 }
 
 Measure = Callable[[dict], float | None]

@@ -56,7 +56,8 @@ def segmentations(
                 seen |= set(answer["semantic"].unique().tolist()) - {0, 255}
         line[0].set_ylabel(name, fontsize=9)
     marks = [Rectangle((0, 0), 1, 1, color=_colour(label)) for label in sorted(seen)]
-    fig.legend(marks, [classes[label - 1] for label in sorted(seen)], loc="outside lower center", ncols=6, fontsize=8)
+    names = [classes[label - 1] for label in sorted(seen)]
+    fig.legend(marks, names, loc="outside lower center", ncols=len(images) + 1, fontsize=8)
     return fig
 
 
@@ -92,9 +93,13 @@ def worth(rows: Sequence[dict]) -> Figure:
     """
     panels = [(title, keep, field) for title, keep, field in PANELS if any(keep(row) and field in row for row in rows)]
     starts = [name for name in STARTS if any(row["start"] == name for row in rows)]
-    fig = figure(2.1 * len(panels) + 1.3, 0.36 * len(starts) + 1.1)
-    line = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, keep, field) in zip(line, panels, strict=True):
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    fig = figure(2.1 * columns + 1.3, (0.36 * len(starts) + 0.8) * lines + 0.3)
+    grid = fig.subplots(lines, columns, sharey=True, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, keep, field) in zip(grid.flat, panels, strict=False):
         for place, name in enumerate(starts):
             values = [row[field] for row in rows if keep(row) and row["start"] == name and field in row]
             if values:
@@ -106,8 +111,8 @@ def worth(rows: Sequence[dict]) -> Figure:
         axes.margins(x=0.25)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    line[0].set_yticks(range(len(starts)), [TITLES[name] for name in starts])
-    line[0].set_ylim(len(starts) - 0.5, -0.7)
+    grid[0, 0].set_yticks(range(len(starts)), [TITLES[name] for name in starts])
+    grid[0, 0].set_ylim(len(starts) - 0.5, -0.7)
     fig.supxlabel("percent of the test images, AP or mIoU", fontsize=9)
     return fig
 
