@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from benchmarks.plan import with_mechanism
 from tutorial_moco import speed
 from tutorial_moco.checkpoint import load_checkpoint, pack, save_checkpoint
-from tutorial_moco.cli import parse
+from tutorial_moco.cli import exit_status, parse
 from tutorial_moco.compare import untrained
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1
@@ -158,15 +158,11 @@ def parts_of(run: Run, parts: tuple[str, ...]) -> dict[str, Tensor]:
 
 def main() -> int:
     """Make the snapshots; returns the exit status: 0 done, 2 wrong usage, 3 bad or missing data, 130 interrupted."""
-    try:
-        print(make(parse(Flags, sys.argv[1:], "python -m benchmarks.snapshots")))
-    except (UsageError, DataError) as error:
-        print(f"snapshots: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("\nsnapshots: interrupted; the same command begins with the run it was at", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        "snapshots",
+        lambda: print(make(parse(Flags, sys.argv[1:], "python -m benchmarks.snapshots"))),
+        "begins with the run it was at",
+    )
 
 
 if __name__ == "__main__":

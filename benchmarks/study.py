@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from benchmarks.measures import measure
 from benchmarks.plan import BASES, Job, chosen, plan
 from tutorial_moco import speed
-from tutorial_moco.cli import parse
-from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.cli import exit_status, parse
+from tutorial_moco.errors import UsageError
 from tutorial_moco.images import ImageSet, load_images
 from tutorial_moco.recipes import Recipe
 from tutorial_moco.report import text_table
@@ -187,15 +187,11 @@ def append(path: Path, row: dict) -> None:
 
 def main() -> int:
     """Run the study; returns the exit status: 0 done, 2 wrong usage, 3 bad or missing data, 130 interrupted."""
-    try:
-        print(study(parse(Flags, sys.argv[1:], "python -m benchmarks.study")))
-    except (UsageError, DataError) as error:
-        print(f"study: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("\nstudy: interrupted; the same command goes on with the run it was at", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        "study",
+        lambda: print(study(parse(Flags, sys.argv[1:], "python -m benchmarks.study"))),
+        "goes on with the run it was at",
+    )
 
 
 if __name__ == "__main__":

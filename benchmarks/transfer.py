@@ -19,9 +19,9 @@ from benchmarks.study import append, make_ready
 from tutorial_moco import speed
 from tutorial_moco.annotated import load_annotated
 from tutorial_moco.checkpoint import pack, save_checkpoint
-from tutorial_moco.cli import parse
+from tutorial_moco.cli import exit_status, parse
 from tutorial_moco.compare import untrained
-from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.errors import UsageError
 from tutorial_moco.images import ImageSet, load_images
 from tutorial_moco.pretrain import Run, pretrain, start
 from tutorial_moco.provenance import provenance
@@ -166,15 +166,11 @@ def run(flags: Flags) -> str:
 
 def main() -> int:
     """Measure; returns the exit status: 0 done, 2 wrong usage, 3 bad or missing data, 130 interrupted."""
-    try:
-        print(run(parse(Flags, sys.argv[1:], "python -m benchmarks.transfer")))
-    except (UsageError, DataError) as error:
-        print(f"transfer: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("\ntransfer: interrupted; the same command goes on with the run it was at", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        "transfer",
+        lambda: print(run(parse(Flags, sys.argv[1:], "python -m benchmarks.transfer"))),
+        "goes on with the run it was at",
+    )
 
 
 if __name__ == "__main__":

@@ -313,3 +313,8 @@ def test_fine_tuning_is_the_same_from_every_start(monkeypatch):
         classify(start, train, train, how="fine_tuned", progress=False)
     same = ("augmentation", "batch_size", "epochs", "lr", "warmup", "schedule", "optimizer", "weight_decay", "seed")
     assert len({tuple(getattr(recipe, name) for name in same) for recipe in seen}) == 1
+
+
+def test_a_file_that_holds_no_pretrained_encoder_is_refused():
+    with pytest.raises(DataError, match="holds no pre-trained encoder"):
+        load_start(SHIPPED.parent / "detect-moco.safetensors", torch.empty(0))

@@ -23,7 +23,7 @@ def rows(seeds=2):
 
 
 def test_every_run_of_the_experiment_is_in_one_of_the_pictures_and_each_line_has_its_runs():
-    named = [(v2_setting(row), [name for name, keep in KIN.items() if keep(row)]) for row in rows(1)]
+    named = [(v2_setting(row, 5), [name for name, keep in KIN.items() if row["epochs"] == 5 and keep(row)]) for row in rows(1)]
     assert all(setting or kinds for setting, kinds in named)
     assert all(len(kinds) <= 1 for _, kinds in named)
     assert {setting for setting, _ in named if setting} == set(V2_TABLE)

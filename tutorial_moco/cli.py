@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -356,19 +357,29 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(__version__)
         return 0
+    return exit_status("tutorial-moco", lambda: run_command(*argv), "goes on from the last checkpoint")
+
+
+def run_command(name: str, *words: str) -> None:
+    """Run the command of this name with its flags, and write its result where ``--json`` says."""
+    if name not in COMMANDS:
+        raise UsageError(f"{name} is no command: choose one of {', '.join(COMMANDS)}")
+    flags_type, command = COMMANDS[name]
+    flags = parse(flags_type, list(words), f"tutorial-moco {name}")
+    result = command(flags)
+    if flags.json:
+        write_json(flags.json, result)
+
+
+def exit_status(prog: str, work: Callable[[], None], again: str) -> int:
+    """Do the work; a mistake that a user can mend, or Ctrl-C, ends in one line. ``again``: what the same command then does."""
     try:
-        if argv[0] not in COMMANDS:
-            raise UsageError(f"{argv[0]} is no command: choose one of {', '.join(COMMANDS)}")
-        flags_type, command = COMMANDS[argv[0]]
-        flags = parse(flags_type, argv[1:], f"tutorial-moco {argv[0]}")
-        result = command(flags)
-        if flags.json:
-            write_json(flags.json, result)
+        work()
     except (UsageError, DataError) as error:
-        print(f"tutorial-moco: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("\ntutorial-moco: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\n{prog}: interrupted; the same command {again}", file=sys.stderr)
         return 130
     return 0
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from tutorial_moco import figures
 from tutorial_moco.augment import plain_view, two_views
-from tutorial_moco.checkpoint import load_checkpoint, unpack
-from tutorial_moco.encoders import build_encoder
 from tutorial_moco.evaluate import (
     KNN_K,
     KNN_TEMPERATURE,
@@ -24,7 +22,7 @@ from tutorial_moco.evaluate import (
 )
 from tutorial_moco.files import write_whole
 from tutorial_moco.images import ImageSet
-from tutorial_moco.pretrain import Run, pretrain, start
+from tutorial_moco.pretrain import Run, load_encoder, pretrain, start
 from tutorial_moco.provenance import provenance
 from tutorial_moco.randomness import permutation
 from tutorial_moco.recipes import Recipe
@@ -131,10 +129,7 @@ def evaluate_checkpoint(path: Path, train_set: ImageSet, test_set: ImageSet) -> 
     Raises:
         DataError: the file is missing, damaged or no checkpoint.
     """
-    tensors, state = load_checkpoint(path)
-    recipe = Recipe.from_json(state["recipe"])
-    encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm)
-    unpack({n.removeprefix("mechanism."): t for n, t in tensors.items()}, encoder=encoder)
+    encoder, recipe, state = load_encoder(path)
     device, dtype = default_device(), getattr(torch, state["dtype"])  # read in the format it was trained in
     encoder.to(device)
     features = [extract_features(encoder.backbone, images.images, dtype=dtype) for images in (train_set, test_set)]

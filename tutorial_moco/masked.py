@@ -4,21 +4,15 @@ Three quarters of an image's patches are hidden; the encoder sees the rest, and 
 There is no dictionary, no second view and no negative: so none of `mechanisms`, but the same batches, crops and schedule.
 """
 
-import math
-import sys
-import time
-from itertools import islice
-
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tutorial_moco import speed
 from tutorial_moco.augment import Augmentation, plain_view, random_view
 from tutorial_moco.encoders import Encoder, ViTBackbone, build_encoder, sines
 from tutorial_moco.errors import UsageError
 from tutorial_moco.images import ImageSet
-from tutorial_moco.pretrain import batches, build_optimizer, check, set_learning_rate
+from tutorial_moco.pretrain import check, descend
 from tutorial_moco.randomness import uniform
 from tutorial_moco.recipes import Recipe
 
@@ -110,29 +104,22 @@ def pretrain_masked(
     if recipe.encoder != "vit-learned":
         raise UsageError(f"--encoder must be vit-learned for a masked auto-encoder, which hides patches, not {recipe.encoder}")
     check(recipe, len(train), None)
-    speed.keep_freed_memory()
     torch.manual_seed(recipe.seed)
     device = speed.default_device()
     encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim).to(device)
     dtype = dtype or speed.choose_precision(encoder, plain_view(train.images[:128]).to(device))
     net = MaskedAutoencoder(encoder.backbone).to(device)
-    optimizer, images = build_optimizer(recipe, net), train.images.to(device)
-    total, losses, began = recipe.epochs * (len(train) // recipe.batch_size), [], time.perf_counter()
-    steps = islice(batches(len(train), recipe, 0, device), total)
-    for step, (epoch, index) in enumerate(tqdm(steps, "masked", total, disable=not progress, file=sys.stderr), 1):
-        set_learning_rate(optimizer, recipe, (step - 1) / total)
+    images = train.images.to(device)
+
+    def loss_of(epoch: int, index: Tensor) -> Tensor:
         view = random_view(images[index], index, CROP, seed=recipe.seed, epoch=epoch, view=0)
         order = mask_order(index, net.patches, seed=recipe.seed, epoch=epoch)
         with speed.autocast(device, dtype):
-            loss = net.loss(view, order)
-        if not math.isfinite(loss.item()):
-            raise UsageError(f"the loss is {loss.item()} at step {step}: try a lower --lr")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append({"step": step, "images_seen": step * recipe.batch_size, "loss": loss.item()})
-    seconds, seen = time.perf_counter() - began, total * recipe.batch_size
+            return net.loss(view, order)
+
+    losses, seconds = descend(net, recipe, len(train), loss_of, title="masked", progress=progress)
+    seen = losses[-1]["images_seen"]
     return encoder, net, {
-        "steps": total, "images_seen": seen, "train_seconds": round(seconds, 2), "images_per_second": round(seen / seconds, 1),
-        "precision": str(dtype).removeprefix("torch."), "losses": losses,
+        "steps": len(losses), "images_seen": seen, "train_seconds": round(seconds, 2),
+        "images_per_second": round(seen / seconds, 1), "precision": str(dtype).removeprefix("torch."), "losses": losses,
     }  # fmt: skip

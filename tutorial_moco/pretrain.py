@@ -5,16 +5,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tutorial_moco.augment import AUGMENTATIONS, RecordedViews, plain_view, two_views
 from tutorial_moco.checkpoint import load_checkpoint, pack, save_checkpoint, unpack
-from tutorial_moco.encoders import build_encoder
-from tutorial_moco.errors import UsageError
+from tutorial_moco.encoders import Encoder, build_encoder
+from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1, notebooks_knn_top1
 from tutorial_moco.images import ImageSet
 from tutorial_moco.losses import estimate_log_z, info_nce, nce, pretext_accuracy
@@ -177,6 +178,38 @@ def loss_of(run: Run, contrast: Contrast) -> Tensor:
     return nce(q, k, negatives, temperature, run.n, estimate_log_z(q, negatives, temperature, run.n), exclude)
 
 
+def descend(
+    net: nn.Module, recipe: Recipe, n: int, loss_of: Callable[[int, Tensor], Tensor], *, title: str, progress: bool
+) -> tuple[list[dict[str, float]], float]:
+    """The loop without a dictionary, for labels and for painting: the recipe's batches, optimizer and schedule.
+
+    Args:
+        net: on the device where it is to be trained. n: images.
+        loss_of: of an epoch and the numbers (B,) of a batch's images, a scalar.
+
+    Returns:
+        A point of the loss curve for each step, and seconds of training.
+
+    Raises:
+        UsageError: the loss is not finite; the weights are those before that step.
+    """
+    keep_freed_memory()
+    device, optimizer = next(net.parameters()).device, build_optimizer(recipe, net)
+    total, curve, began = recipe.epochs * (n // recipe.batch_size), [], time.perf_counter()
+    steps = islice(batches(n, recipe, 0, device), total)
+    for step, (epoch, index) in enumerate(tqdm(steps, title, total, disable=not progress, file=sys.stderr), 1):
+        set_learning_rate(optimizer, recipe, (step - 1) / total)
+        loss = loss_of(epoch, index)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UsageError(f"the loss is {value} at step {step}: try a lower --lr")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        curve.append({"step": step, "images_seen": step * recipe.batch_size, "loss": value})
+    return curve, time.perf_counter() - began
+
+
 def batches(n: int, recipe: Recipe, step: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """(epoch, index (B,)) from the given step on, without end; each epoch in its own order, an odd rest left out."""
     steps = n // recipe.batch_size
@@ -268,9 +301,9 @@ def build_mechanism(recipe: Recipe, encoder, n: int) -> Mechanism:
     return {"end_to_end": EndToEnd, "simclr": SimCLR}[recipe.mechanism](encoder)
 
 
-def build_optimizer(recipe: Recipe, mechanism: Mechanism) -> torch.optim.Optimizer:
+def build_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
     """SGD with momentum 0.9, or AdamW, over the parameters that have a gradient, many tensors to a call."""
-    parameters = [p for p in mechanism.parameters() if p.requires_grad]
+    parameters = [p for p in net.parameters() if p.requires_grad]
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, foreach=True)
     return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, foreach=True)
@@ -285,6 +318,21 @@ def save_run(run: Run, out: Path) -> None:
         "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes(run.device)),
     }  # fmt: skip
     save_checkpoint(out / "checkpoint.safetensors", pack(mechanism=run.mechanism, optimizer=run.optimizer), state)
+
+
+def load_encoder(path: Path) -> tuple[Encoder, Recipe, dict[str, object]]:
+    """The query encoder of a checkpoint, float32 on the CPU, the recipe it was trained by, and what else is told of it.
+
+    Raises:
+        DataError: the file is missing, damaged or no checkpoint of a pre-training.
+    """
+    tensors, state = load_checkpoint(path)
+    if not any(name.startswith("mechanism.encoder.") for name in tensors):
+        raise DataError(f"{path} holds no pre-trained encoder: give the checkpoint.safetensors of a run")
+    recipe = Recipe.from_json(state["recipe"])
+    encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm)
+    unpack({name.removeprefix("mechanism."): tensor for name, tensor in tensors.items()}, encoder=encoder)
+    return encoder, recipe, state
 
 
 def resume(run: Run, out: Path) -> None:

@@ -1,22 +1,15 @@
 """Training with labels: the ceiling that the mechanisms are measured against, and fine-tuning."""
 
-import math
-import sys
-import time
-from itertools import islice
-
 import torch
 import torch.nn.functional as F
 from sklearn.pipeline import Pipeline
-from torch import nn
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
 from tutorial_moco import speed
 from tutorial_moco.augment import AUGMENTATIONS, random_view
-from tutorial_moco.errors import UsageError
 from tutorial_moco.evaluate import extract_features
 from tutorial_moco.images import ImageSet
-from tutorial_moco.pretrain import batches, build_optimizer, check, set_learning_rate
+from tutorial_moco.pretrain import check, descend
 from tutorial_moco.recipes import Recipe
 
 
@@ -52,26 +45,17 @@ def train_classifier(
         UsageError: fewer images than a batch; the loss is not finite, and then the weights are those before that step.
     """
     check(recipe.replace(mechanism="moco"), len(train), None)  # a memory bank's K may be more than a few labelled images
-    speed.keep_freed_memory()
-    device, optimizer = next(net.parameters()).device, build_optimizer(recipe, net)
+    device, augmentation = next(net.parameters()).device, AUGMENTATIONS[recipe.augmentation][0]
     images, labels = train.images.to(device), train.labels.to(device)
-    total, curve, began = recipe.epochs * (len(train) // recipe.batch_size), [], time.perf_counter()
-    steps = islice(batches(len(train), recipe, 0, device), total)
-    for step, (epoch, index) in enumerate(tqdm(steps, "labels", total, disable=not progress, file=sys.stderr), 1):
-        set_learning_rate(optimizer, recipe, (step - 1) / total)
+
+    def loss_of(epoch: int, index: Tensor) -> Tensor:
         with speed.products_in(dtype):
-            augmentation = AUGMENTATIONS[recipe.augmentation][0]
             view = random_view(images[index], index, augmentation, seed=recipe.seed, epoch=epoch, view=0)
             with speed.autocast(device, dtype):
                 logits = net(view)
-        loss = F.cross_entropy(logits.float(), labels[index])
-        if not math.isfinite(loss.item()):
-            raise UsageError(f"the loss is {loss.item()} at step {step}: try a lower --lr")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        curve.append({"step": step, "images_seen": step * recipe.batch_size, "loss": loss.item()})
-    return curve, time.perf_counter() - began
+        return F.cross_entropy(logits.float(), labels[index])
+
+    return descend(net, recipe, len(train), loss_of, title="labels", progress=progress)
 
 
 def top1(net: nn.Module, test: ImageSet, dtype: torch.dtype) -> float:

@@ -20,6 +20,7 @@ from tutorial_moco.encoders import build_encoder
 from tutorial_moco.errors import DataError
 from tutorial_moco.evaluate import extract_features, linear_probe, linear_top1
 from tutorial_moco.images import ImageSet
+from tutorial_moco.pretrain import load_encoder
 from tutorial_moco.randomness import permutation
 from tutorial_moco.recipes import RECIPES, Recipe
 from tutorial_moco.results import find
@@ -59,11 +60,8 @@ def load_start(checkpoint: str | Path, images: Tensor, *, encoder: str = "small"
         torch.manual_seed(seed)
         made = build_encoder(encoder, images=images)
         return Start(FRESH, made.backbone, made.feature_dim, recipe)
-    tensors, state = load_checkpoint(Path(checkpoint))
-    recipe = Recipe.from_json(state["recipe"])
-    made = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm)
-    unpack({n.removeprefix("mechanism."): t for n, t in tensors.items()}, encoder=made)
-    return Start(str(checkpoint), made.float().backbone, made.feature_dim, recipe, state["step"])
+    made, recipe, state = load_encoder(Path(checkpoint))
+    return Start(str(checkpoint), made.backbone, made.feature_dim, recipe, state["step"])
 
 
 # Classification ------------------------------------------------------------------------------------------------------

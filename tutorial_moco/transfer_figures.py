@@ -9,13 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from tutorial_moco.evidence import SUPERVISED
 from tutorial_moco.figures import CLASS_COLOURS, figure
 from tutorial_moco.figures import COLOURS as MECHANISMS
 from tutorial_moco.figures import TITLES as NAMES
 from tutorial_moco.results import mean_and_interval
 
 SURE = 0.5  # answers below this score are not drawn
-COLOURS = MECHANISMS | {"supervised": "#D55E00"}
+COLOURS = MECHANISMS | {"supervised": SUPERVISED}
 TITLES = NAMES | {"supervised": "with labels", "untrained": "fresh weights"}
 STARTS = ("untrained", "memory_bank", "end_to_end", "moco", "supervised")
 _BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
