@@ -21,6 +21,7 @@ KS = (16, 64, 256, 1024, 4096, 16384)
 END_TO_END_UP_TO = 1024  # the paper's end-to-end ended there too, for want of memory
 DRIFT_K = 16384  # keys old enough to compare with the bank's
 IMBALANCE = 100  # images of the first class for one of the last
+TRANSFORMER = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1}
 DRAW = 1_000_003  # keeps the draw of images apart from the orders of epochs, which are functions of (seed, epoch)
 
 
@@ -96,6 +97,11 @@ def with_mechanism(base: Recipe, mechanism: str, n: int, **changes) -> Recipe:
     K = min(recipe.K, n - 1) if mechanism == "memory_bank" else recipe.K
     norm = "batch" if recipe.shuffle else recipe.norm
     return recipe.replace(mechanism=mechanism, K=K, norm=norm, shuffle=False, symmetric=False)
+
+
+def version_3(base: Recipe, n: int, **changes) -> Recipe:
+    """MoCo v3 with the base recipe's rest."""
+    return with_mechanism(base, "moco_v3", n, head="mlp3", temperature=0.2, augmentation="v3", **changes)
 
 
 # The experiments -----------------------------------------------------------------------------------------------------
@@ -199,14 +205,12 @@ def versions(base: Recipe, labels: Tensor) -> list[Job]:
     mlp = {"head": "mlp", "temperature": 0.2}
     v2 = v1.replace(augmentation="v2", schedule="cosine", **mlp)
     n = len(labels)
-    v3 = with_mechanism(base, "moco_v3", n, head="mlp3", temperature=0.2, augmentation="v3")
-    transformer = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1}
-    v3_vit = v3.replace(encoder="vit", **transformer)
-    painter = v3.replace(encoder="vit-learned", **transformer)
+    v3 = version_3(base, n)
+    v3_vit, v3_vit_learned = (version_3(base, n, encoder=name, **TRANSFORMER) for name in ("vit", "vit-learned"))
     return [
         Job(v1), Job(v1.replace(**mlp)), Job(v1.replace(augmentation="v2")), Job(v1.replace(augmentation="v2", **mlp)), Job(v2),
         Job(v2.replace(epochs=4 * base.epochs)), Job(with_mechanism(v2, "simclr", n)), Job(v3), Job(v3_vit),
-        Job(v3_vit.replace(encoder="vit-learned")), Job(painter, "masked"), Job(v3_vit, "untrained"), Job(v3_vit, "supervised"),
+        Job(v3_vit_learned), Job(v3_vit_learned, "masked"), Job(v3_vit, "untrained"), Job(v3_vit, "supervised"),
     ]  # fmt: skip
 
 

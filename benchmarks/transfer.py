@@ -7,14 +7,14 @@ each is then the start of each task, with one recipe. Rows go to ``data/study-tr
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.plan import with_mechanism
+from benchmarks.plan import TRANSFORMER, version_3, with_mechanism
 from benchmarks.study import append, make_ready
 from tutorial_moco import speed
 from tutorial_moco.annotated import load_annotated
@@ -23,6 +23,7 @@ from tutorial_moco.cli import exit_status, parse
 from tutorial_moco.compare import untrained
 from tutorial_moco.errors import UsageError
 from tutorial_moco.images import ImageSet, load_images
+from tutorial_moco.masked import pretrain_masked, save_painter
 from tutorial_moco.pretrain import Run, pretrain, start
 from tutorial_moco.provenance import provenance
 from tutorial_moco.recipes import RECIPES, Recipe
@@ -31,6 +32,7 @@ from tutorial_moco.supervised import classifier, train_classifier
 from tutorial_moco.transfer import Start, classify, dense, load_start, save_trained
 
 STARTS = ("moco", "end_to_end", "memory_bank", "supervised", "untrained")
+TRANSFORMERS = ("moco_v3", "masked", "untrained")  # of photographs, judged by classification alone
 SHARES = (0.01, 0.1, 1.0)
 DENSE = ("detect", "segment", "keypoints")
 SCENES = 1000  # to train on: half of what there is
@@ -58,6 +60,7 @@ class Job:
     start: str
     seed: int
     task: str
+    encoder: str
     how: str = ""  # of classify: linear or fine_tuned
     share: float = 1.0
 
@@ -69,21 +72,30 @@ def plan(flags: Flags) -> Iterator[Job]:
     for seed in range(flags.seeds):
         for task in tasks:
             for source in sources:
+                encoder = "tiny" if source == "shapes" else "small"
                 for begin in STARTS:
-                    if task in DENSE:
-                        yield Job(source, begin, seed, task)
-                    elif task in ("classify", "digits"):
-                        yield from (
-                            Job(source, begin, seed, task, how, share) for how in ("linear", "fine_tuned") for share in SHARES
-                        )
-                    else:
-                        raise UsageError(f"--only {task} is not known: choose of classify, digits, {', '.join(DENSE)}")
+                    yield from jobs_of(Job(source, begin, seed, task, encoder))
+                if (source, task) == ("photographs", "classify"):
+                    for begin in TRANSFORMERS:
+                        yield from jobs_of(Job(source, begin, seed, task, "vit-learned"))
+
+
+def jobs_of(job: Job) -> Iterator[Job]:
+    """A start's jobs for a task: one, or one for each way to classify and each share of the labels."""
+    if job.task in DENSE:
+        yield job
+    elif job.task in ("classify", "digits"):
+        yield from (replace(job, how=how, share=share) for how in ("linear", "fine_tuned") for share in SHARES)
+    else:
+        raise UsageError(f"--only {job.task} is not known: choose of classify, digits, {', '.join(DENSE)}")
 
 
 def recipe_of(flags: Flags, job: Job, n: int) -> Recipe:
     """Pre-training: the recipe of the source with the start's mechanism."""
     base = RECIPES["shapes"] if job.source == "shapes" else RECIPES["small"].replace(epochs=flags.epochs)
     base = base.replace(seed=job.seed)
+    if job.encoder != base.encoder:
+        return version_3(base, n, encoder=job.encoder, **TRANSFORMER)
     return with_mechanism(base, job.start, n) if job.start in STARTS[:3] else base
 
 
@@ -91,13 +103,16 @@ def encoder_of(flags: Flags, job: Job) -> Start:
     """The start, pre-trained now if it was not before; an untrained one has BatchNorm statistics of its source."""
     train, _ = images_of(flags, job.source)
     recipe = recipe_of(flags, job, len(train))
-    path = flags.encoders / f"{job.source}-{job.start}-{job.seed}-{recipe.epochs}.safetensors"
+    transformer = "-vit" * (job.encoder == "vit-learned")
+    path = flags.encoders / f"{job.source}-{job.start}{transformer}-{job.seed}-{recipe.epochs}.safetensors"
     if not path.exists():
         device = speed.default_device()
         if job.start == "untrained":
             run = untrained(recipe, train, device)
         elif job.start == "supervised":
             run = with_labels(recipe, train, device)
+        elif job.start == "masked":
+            run = by_painting(flags, recipe, train, device)
         else:
             run = pretrain(recipe, train, progress=False)
         state = {"recipe": recipe.to_json(), "dtype": str(run.dtype).removeprefix("torch."), "step": run.step}
@@ -113,6 +128,17 @@ def with_labels(recipe: Recipe, train: ImageSet, device: torch.device) -> Run:
     net = classifier(encoder.backbone, encoder.feature_dim, len(train.classes))
     curve, run.seconds = train_classifier(net, recipe, train, run.dtype)
     run.step = len(curve)
+    return run
+
+
+def by_painting(flags: Flags, recipe: Recipe, train: ImageSet, device: torch.device) -> Run:
+    """The encoder trained by painting hidden patches; with seed 0 the painter is kept for its chapter."""
+    run = start(recipe, train, device)
+    run.mechanism.encoder, painter, found = pretrain_masked(recipe, train, progress=False)
+    run.step, run.seconds = found["steps"], found["train_seconds"]
+    if recipe.seed == 0:
+        facts = provenance(train, device) | {"epochs": recipe.epochs, "final_loss": found["losses"][-1]["loss"]}
+        save_painter(flags.out / "painter.safetensors", painter, facts)
     return run
 
 
@@ -132,7 +158,6 @@ def measure(flags: Flags, job: Job) -> dict[str, object]:
     began, first = time.perf_counter(), encoder_of(flags, job)
     facts = {
         **asdict(job),
-        "encoder": first.recipe.encoder,
         "pretrain_steps": first.steps,
         "pretrain_epochs": first.recipe.epochs,
     }

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tutorial_moco.augment import plain_view
+from tutorial_moco.checkpoint import save_checkpoint
 from tutorial_moco.encoders import build_encoder
-from tutorial_moco.errors import UsageError
+from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.images import ImageSet
-from tutorial_moco.masked import MaskedAutoencoder, mask_order, pretrain_masked
+from tutorial_moco.masked import MaskedAutoencoder, load_painter, mask_order, pretrain_masked, save_painter
 from tutorial_moco.recipes import Recipe
 from tutorial_moco.shapes import SHAPE_CLASSES, draw_shapes
 
@@ -80,6 +81,17 @@ def test_it_learns_to_paint_and_the_same_recipe_gives_the_same_bits():
     again = pretrain_masked(recipe.replace(epochs=8), train, dtype=torch.float32, progress=False)[0]
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), again.parameters(), strict=True))
     assert encoder.eval().backbone(plain_view(images[:2])).shape == (2, 96)
+
+
+def test_a_painter_survives_its_file(tmp_path):
+    net, images, order = autoencoder().eval(), views(), mask_order(torch.arange(3), GRID**2, seed=0, epoch=0)
+    save_painter(tmp_path / "painter", net, {"epochs": 3})
+    again, facts = load_painter(tmp_path / "painter")
+    assert facts["epochs"] == 3
+    torch.testing.assert_close(again(images, order), net(images, order), atol=0.02, rtol=0.02)  # float16
+    save_checkpoint(tmp_path / "other", {"a": torch.zeros(1)}, {})
+    with pytest.raises(DataError, match="no masked auto-encoder"):
+        load_painter(tmp_path / "other")
 
 
 def test_an_encoder_without_patches_is_refused():

@@ -1,6 +1,6 @@
 """Other tasks: metrics against hand-computed cases, trunks against their encoders, and short trainings that learn."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from tutorial_moco.encoders import ENCODERS, build_encoder
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.evaluate import linear_probe
 from tutorial_moco.images import ImageSet
+from tutorial_moco.masked import load_painter, mask_order
 from tutorial_moco.segmentation import Segmenter, mean_iou
 from tutorial_moco.shapes import SHAPE_CLASSES, draw_shapes
 from tutorial_moco.supervised import begin_with_probe
@@ -278,7 +279,7 @@ def test_a_row_says_what_was_reached_and_where_it_comes_from(tmp_path, monkeypat
     few = {"shapes": (shapes(256, 0, "train"), shapes(100, 1, "test"))}
     monkeypatch.setattr(benchmark, "images_of", lambda flags, source: few[source])
     flags = benchmark.Flags(out=tmp_path, encoders=tmp_path / "encoders")
-    job = benchmark.Job("shapes", "supervised", 0, "classify", "linear", 0.5)
+    job = benchmark.Job("shapes", "supervised", 0, "classify", "tiny", "linear", 0.5)
     row = benchmark.measure(flags, job)
     assert {**row, **asdict(job)} == row
     assert 120 <= row["labels"] <= 136  # of 256, half of each class
@@ -289,6 +290,22 @@ def test_a_row_says_what_was_reached_and_where_it_comes_from(tmp_path, monkeypat
     again = benchmark.measure(flags, job)
     assert again["linear_top1"] == row["linear_top1"]
     assert list((tmp_path / "encoders").iterdir()) == kept
+
+
+def test_photographs_have_transformers_too_and_the_painter_is_kept(tmp_path, monkeypatch):
+    flags = benchmark.Flags(
+        out=tmp_path, encoders=tmp_path / "encoders", seeds=1, source="photographs", only="classify", epochs=1
+    )
+    jobs = [job for job in benchmark.plan(flags) if job.encoder == "vit-learned"]
+    assert [job.start for job in jobs[::6]] == ["moco_v3", "masked", "untrained"]
+    monkeypatch.setattr(benchmark, "images_of", lambda *_: (shapes(256, 0, "train"), shapes(100, 1, "test")))
+    rows = [benchmark.measure(flags, replace(job, share=0.5)) for job in jobs[::6]]
+    assert [row["pretrain_steps"] for row in rows] == [2, 2, 0]
+    assert all(0 <= row["linear_top1"] <= 100 for row in rows)
+    net, facts = load_painter(tmp_path / "painter.safetensors")
+    order = mask_order(torch.arange(2), net.patches, seed=0, epoch=0)
+    loss = net.loss(plain_view(shapes(2, 0, "test").images), order)
+    assert loss.item() == pytest.approx(facts["final_loss"], abs=0.3)
 
 
 def test_a_model_survives_its_file(tmp_path):

@@ -9,7 +9,18 @@ from tutorial_moco.encoders import build_encoder
 from tutorial_moco.masked import MaskedAutoencoder, mask_order
 from tutorial_moco.report import png
 from tutorial_moco.shapes import draw_shapes
-from tutorial_moco.version_figures import KIN, V2_TABLE, filters, kin, painted, schedules, v2_setting, v2_table
+from tutorial_moco.version_figures import (
+    KIN,
+    TRADE,
+    V2_TABLE,
+    filters,
+    kin,
+    painted,
+    schedules,
+    trade_off,
+    v2_setting,
+    v2_table,
+)
 
 
 def rows(seeds=2):
@@ -41,13 +52,29 @@ def test_pictures_are_drawn_of_rows_of_one_seed_and_of_several():
     assert len(filters(build_encoder("vit").backbone.conv_proj.weight).axes) == 96
 
 
+def test_the_trade_off_has_a_hollow_and_a_filled_dot_for_each_start():
+    made_up = [
+        {"start": start, "share": share, field: 40.0 + place + 10 * share + 5 * seed}
+        for place, start in enumerate(TRADE) for share in (0.1, 1.0) for seed in (0, 1)
+        for field in ("linear_top1", "fine_tuned_top1")
+    ]  # fmt: skip
+    left, right = trade_off(made_up).axes
+    assert (left.get_title(), right.get_title()) == ("10 % of the labels", "100 % of the labels")
+    dots = [line for line in left.lines if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in dots[::2]] == [[41.0 + i, 46.0 + i] for i in range(3)]
+    assert [line.get_markerfacecolor() == "white" for line in dots] == [True, False] * 3
+
+
 def test_a_painted_picture_keeps_what_was_seen_and_blanks_what_was_not():
     torch.manual_seed(0)
     net = MaskedAutoencoder(build_encoder("vit-learned").backbone)
     views = plain_view(draw_shapes(2, seed=0)[0])
     order = mask_order(torch.arange(2), 64, seed=0, epoch=0)
-    shown = [axes.images[0].get_array() for axes in painted(net, views, order).axes]
-    whole, seen, guessed = np.stack(shown[:2]), np.stack(shown[2:4]), np.stack(shown[4:])
+    sheet = np.asarray(painted(net, views, order).axes[0].images[0].get_array())
+    starts = [2 + 34 * number for number in range(3)]  # two white pixels before each image of 32
+    shown = [np.stack([sheet[top : top + 32, left : left + 32] for left in starts[:2]]) for top in starts]
+    assert sheet.shape == (3 * 34 + 2, 2 * 34 + 2, 3)
+    whole, seen, guessed = shown
     for i in range(2):
         for place, number in enumerate(order[i].tolist()):
             row, column = (4 * at for at in divmod(number, 8))

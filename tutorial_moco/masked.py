@@ -4,17 +4,22 @@ Three quarters of an image's patches are hidden; the encoder sees the rest, and 
 There is no dictionary, no second view and no negative: so none of `mechanisms`, but the same batches, crops and schedule.
 """
 
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tutorial_moco import speed
 from tutorial_moco.augment import Augmentation, plain_view, random_view
+from tutorial_moco.checkpoint import load_checkpoint, pack, save_checkpoint, unpack
 from tutorial_moco.encoders import Encoder, ViTBackbone, build_encoder, sines
-from tutorial_moco.errors import UsageError
+from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.images import ImageSet
 from tutorial_moco.pretrain import check, descend
 from tutorial_moco.randomness import uniform
 from tutorial_moco.recipes import Recipe
+from tutorial_moco.results import find
 
 CROP = Augmentation(jitter_p=0.0, grayscale=0.0)  # crop and flip alone: colours are part of what is to be painted
 MASK_DRAW = 2  # of the numbers of (seed, epoch, view, image), after the two views
@@ -59,15 +64,11 @@ class MaskedAutoencoder(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) as patches (N, patches, 3 * patch * patch), row by row."""
-        p, grid = self.patch, images.shape[-1] // self.patch
-        cut = images.reshape(len(images), 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
-        return cut.reshape(len(images), grid * grid, 3 * p * p)
+        return F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """The images that `patchify` cut."""
-        p, grid = self.patch, round(self.patches**0.5)
-        whole = patches.reshape(len(patches), grid, grid, 3, p, p).permute(0, 3, 1, 4, 2, 5)
-        return whole.reshape(len(patches), 3, grid * p, grid * p)
+        return F.fold(patches.transpose(1, 2), self.backbone.image_size, self.patch, stride=self.patch)
 
     def targets(self, images: Tensor) -> Tensor:
         """The patches, each brought to mean 0 and spread 1, which the paper found better."""
@@ -123,3 +124,27 @@ def pretrain_masked(
         "steps": len(losses), "images_seen": seen, "train_seconds": round(seconds, 2),
         "images_per_second": round(seen / seconds, 1), "precision": str(dtype).removeprefix("torch."), "losses": losses,
     }  # fmt: skip
+
+
+def save_painter(path: Path, net: MaskedAutoencoder, facts: dict[str, object]) -> None:
+    """Write an auto-encoder, its matrices in float16, and facts about its training."""
+    tensors = {name: t.half() if t.ndim > 1 else t for name, t in pack(painter=net).items()}
+    save_checkpoint(path, tensors, facts)
+
+
+def load_painter(path: Path | None = None) -> tuple[MaskedAutoencoder, dict[str, object]]:
+    """The auto-encoder that `save_painter` wrote, in eval mode, float32, on the CPU; and its facts.
+
+    Args:
+        path: by default the one that the repository ships, trained on CIFAR-10.
+
+    Raises:
+        DataError: the file is missing or damaged, or holds no painter.
+    """
+    path = path or find("painter.safetensors", "transfer")
+    tensors, facts = load_checkpoint(path)
+    if not any(name.startswith("painter.") for name in tensors):
+        raise DataError(f"{path} holds no masked auto-encoder: give one that save_painter wrote")
+    net = MaskedAutoencoder(build_encoder("vit-learned").backbone)
+    unpack({name: t.float() for name, t in tensors.items()}, painter=net)
+    return net.eval(), facts

@@ -6,12 +6,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from torchvision.utils import make_grid
 
-from tutorial_moco.augment import MEAN, STD
-from tutorial_moco.figures import COLOURS, figure
+from tutorial_moco.figures import COLOURS, denormalise, figure
 from tutorial_moco.masked import MaskedAutoencoder
 from tutorial_moco.results import mean_and_interval, values
 
+GAP = 2  # white pixels between the images of a sheet
 # The v2 paper's Table 1 (arXiv 2003.04297): ImageNet, ResNet-50, linear accuracy after 200 epochs, the last after 800.
 V2_TABLE = {
     "v1": 60.6, "+ MLP head": 66.2, "+ augmentation": 63.4, "+ both": 67.3, "+ cosine (v2)": 67.5, "v2, 4 times as long": 71.1,
@@ -74,6 +75,33 @@ def kin(rows: Sequence[dict]) -> Figure:
     return fig
 
 
+TRADE = {"masked": "masked auto-encoder", "moco_v3": "MoCo v3", "untrained": "fresh weights"}
+
+
+def trade_off(rows: Sequence[dict]) -> Figure:
+    """The transformer's accuracy frozen (hollow: a linear classifier) and fine-tuned (filled), for each share of the labels.
+
+    Args:
+        rows: of the transfer study, ``task`` classify, ``encoder`` a transformer.
+    """
+    shares = sorted({row["share"] for row in rows})
+    fig = figure(8.4, 2.4)
+    for axes, share in zip(fig.subplots(1, len(shares), sharey=True, squeeze=False)[0], shares, strict=True):
+        for place, start in enumerate(TRADE):
+            own = [row for row in rows if (row["start"], row["share"]) == (start, share)]
+            frozen, tuned = (values(own, lambda row, name=name: row.get(name)) for name in ("linear_top1", "fine_tuned_top1"))
+            ends = [mean_and_interval(found)[0] for found in (frozen, tuned)]
+            axes.plot(ends, [place, place], color="0.7", zorder=0)
+            for at, face, number in zip(ends, ("white", COLOURS["moco"]), (frozen, tuned), strict=True):
+                axes.plot(number, [place] * len(number), "o", color=COLOURS["moco"], mfc=face)
+                axes.annotate(f"{at:.1f}", (at, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        axes.set(title=f"{share:.0%} of the labels".replace("%", " %"), xlabel="test accuracy (%)")
+        axes.set_yticks(range(len(TRADE)), list(TRADE.values()))
+        axes.set_ylim(len(TRADE) - 0.5, -0.7)
+        _dressed(axes)
+    return fig
+
+
 def schedules(curves: dict[str, Sequence[float]]) -> Figure:
     """Learning rates over the share of the training that is done, a line for each."""
     fig = figure(5.6, 2.6)
@@ -99,24 +127,24 @@ def filters(weight: Tensor, columns: int = 16) -> Figure:
 
 @torch.no_grad()
 def painted(net: MaskedAutoencoder, views: Tensor, order: Tensor) -> Figure:
-    """Three rows: images, what the encoder sees of them, and what is painted into the gaps.
+    """Three rows: images, what the encoder sees of them, and what is painted into the gaps. Quick enough for a slider.
 
     Args:
         views: float32 (n, 3, H, W), normalised. order: int64 (n, patches); the first ``net.seen`` are seen.
     """
-    patches = net.patchify(views)
+    n, height, patches = len(views), views.shape[2], net.patchify(views)
     mean, spread = patches.mean(dim=2, keepdim=True), patches.std(dim=2, keepdim=True)
     guess = net(views, order) * (spread + 1e-3) + mean  # what it paints has each patch's brightness and contrast taken out
     seen = torch.zeros(order.shape, dtype=torch.bool).scatter(1, order[:, : net.seen], True)[:, :, None]
-    rows = {"image": patches, "seen": patches.where(seen, 0.0), "painted": patches.where(seen, guess)}
-    fig = figure(1.1 * len(views) + 0.5, 3.6)
-    grid = fig.subplots(3, len(views))
-    for line, (name, content) in zip(grid, rows.items(), strict=True):
-        for axes, picture in zip(line, net.unpatchify(content), strict=True):
-            pixels = picture * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-            axes.imshow(pixels.clamp(0, 1).permute(1, 2, 0).numpy())
-            axes.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, fontsize=9)
+    rows = torch.cat([patches, patches.where(seen, 0.0), patches.where(seen, guess)])
+    sheet = make_grid(denormalise(net.unpatchify(rows)), nrow=n, padding=GAP, pad_value=1.0)
+    fig = figure(n + 0.6, 3.2)
+    axes = fig.add_subplot()
+    axes.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
+    middles = [GAP + height / 2 + row * (height + GAP) for row in range(3)]
+    axes.set(xticks=[], yticks=middles, yticklabels=["image", "seen", "painted"])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     return fig
 
 
