@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tutorial_moco.errors import UsageError
 from tutorial_moco.randomness import permutation
-from tutorial_moco.recipes import RECIPES, Recipe
+from tutorial_moco.recipes import RECIPES, TRANSFORMER, Recipe
 
 BASES = {
     "small": RECIPES["small"],
@@ -21,7 +21,6 @@ KS = (16, 64, 256, 1024, 4096, 16384)
 END_TO_END_UP_TO = 1024  # the paper's end-to-end ended there too, for want of memory
 DRIFT_K = 16384  # keys old enough to compare with the bank's
 IMBALANCE = 100  # images of the first class for one of the last
-TRANSFORMER = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1}
 DRAW = 1_000_003  # keeps the draw of images apart from the orders of epochs, which are functions of (seed, epoch)
 
 

@@ -147,7 +147,7 @@ def expected_seconds(job: Job, rows: list[dict]) -> float:
     """From the rows of its kind, those of its mechanism if there are some; NaN if there are none."""
 
     def images(recipe: dict, kind: str, n: int) -> float:
-        trains = kind in ("pretrain", "check", "drift", "supervised")
+        trains = kind in ("pretrain", "check", "drift", "supervised", "masked")
         return n * recipe["epochs"] * (2 if recipe["symmetric"] else 1) if trains else 1
 
     kin = [row for row in rows if (row["kind"], row["encoder"]) == (job.kind, job.recipe.encoder) and not row["failed"]]

@@ -4,6 +4,7 @@ Encoders are pre-trained on `shapes` and on CIFAR-10, by each mechanism, with la
 each is then the start of each task, with one recipe. Rows go to ``data/study-transfer.jsonl``.
 """
 
+import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.plan import TRANSFORMER, version_3, with_mechanism
+from benchmarks.plan import version_3, with_mechanism
 from benchmarks.study import append, make_ready
 from tutorial_moco import speed
 from tutorial_moco.annotated import load_annotated
@@ -26,13 +27,14 @@ from tutorial_moco.images import ImageSet, load_images
 from tutorial_moco.masked import pretrain_masked, save_painter
 from tutorial_moco.pretrain import Run, pretrain, start
 from tutorial_moco.provenance import provenance
-from tutorial_moco.recipes import RECIPES, Recipe
+from tutorial_moco.recipes import RECIPES, TRANSFORMER, Recipe
 from tutorial_moco.results import load_rows
 from tutorial_moco.supervised import classifier, train_classifier
 from tutorial_moco.transfer import Start, classify, dense, load_start, save_trained
 
 STARTS = ("moco", "end_to_end", "memory_bank", "supervised", "untrained")
 TRANSFORMERS = ("moco_v3", "masked", "untrained")  # of photographs, judged by classification alone
+SOURCES = ("shapes", "photographs")
 SHARES = (0.01, 0.1, 1.0)
 DENSE = ("detect", "segment", "keypoints")
 SCENES = 1000  # to train on: half of what there is
@@ -67,7 +69,9 @@ class Job:
 
 def plan(flags: Flags) -> Iterator[Job]:
     """All jobs, seed 0 first."""
-    sources = [flags.source] if flags.source else ["shapes", "photographs"]
+    if flags.source not in ("", *SOURCES):
+        raise UsageError(f"--source must be {' or '.join(SOURCES)}, not {flags.source}")
+    sources = [flags.source] if flags.source else SOURCES
     tasks = flags.only.split(",") if flags.only else ["classify", "digits", *DENSE]
     for seed in range(flags.seeds):
         for task in tasks:
@@ -103,8 +107,8 @@ def encoder_of(flags: Flags, job: Job) -> Start:
     """The start, pre-trained now if it was not before; an untrained one has BatchNorm statistics of its source."""
     train, _ = images_of(flags, job.source)
     recipe = recipe_of(flags, job, len(train))
-    transformer = "-vit" * (job.encoder == "vit-learned")
-    path = flags.encoders / f"{job.source}-{job.start}{transformer}-{job.seed}-{recipe.epochs}.safetensors"
+    how = hashlib.sha256(f"{recipe.to_json()} {train.hash}".encode()).hexdigest()[:8]
+    path = flags.encoders / f"{job.source}-{job.start}-{job.encoder}-{job.seed}-{how}.safetensors"
     if not path.exists():
         device = speed.default_device()
         if job.start == "untrained":
@@ -142,6 +146,17 @@ def by_painting(flags: Flags, recipe: Recipe, train: ImageSet, device: torch.dev
     return run
 
 
+def pretraining(flags: Flags, job: Job) -> dict[str, object]:
+    """What a row says of the images and the epochs that its start was made of."""
+    train, _ = images_of(flags, job.source)
+    return {"pretrain_epochs": recipe_of(flags, job, len(train)).epochs, "pretrain_data_hash": train.hash}
+
+
+def is_of(row: dict, wanted: dict[str, object]) -> bool:
+    """Whether a row is of these settings; the first rows do not name the images of the pre-training, which were these."""
+    return all(row.get(name, value if name == "pretrain_data_hash" else None) == value for name, value in wanted.items())
+
+
 @cache
 def images_of(flags: Flags, source: str) -> tuple[ImageSet, ImageSet]:
     name = source if source in ("shapes", "digits") else flags.data
@@ -159,7 +174,7 @@ def measure(flags: Flags, job: Job) -> dict[str, object]:
     facts = {
         **asdict(job),
         "pretrain_steps": first.steps,
-        "pretrain_epochs": first.recipe.epochs,
+        **pretraining(flags, job),
     }
     if job.task in DENSE:
         train, test = scenes(job.task)
@@ -181,7 +196,8 @@ def run(flags: Flags) -> str:
     path = flags.out / "study-transfer.jsonl"
     make_ready(path)
     rows, jobs = load_rows(path=path), list(plan(flags))
-    todo = [job for job in jobs if not any(all(row.get(k) == v for k, v in asdict(job).items()) for row in rows)]
+    wanted = {job: asdict(job) | pretraining(flags, job) for job in jobs}
+    todo = [job for job in jobs if not any(is_of(row, wanted[job]) for row in rows)]
     with tqdm(todo, unit="run") as bar:
         for job in bar:
             bar.set_description(" ".join(str(value) for value in asdict(job).values() if value != ""))

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from tutorial_moco import annotated
-from tutorial_moco.annotated import load_annotated
+from tutorial_moco.annotated import load_annotated, load_splits
+from tutorial_moco.dense import DIFFICULT
 from tutorial_moco.detection import average_precision
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.scenes import KEYPOINTS, draw_scenes, semantic
@@ -74,7 +75,12 @@ def test_scenes_for_keypoints_are_half_arrows_and_for_segmentation_have_classes_
     labels = torch.cat([target["labels"] for _, target in load_annotated("scenes", "test", "keypoints", n=40)])
     assert (labels == SHAPE_CLASSES.index("arrow") + 1).float().mean() == pytest.approx(0.5, abs=0.05)
     _, target = load_annotated("scenes", "test", "segment", n=2)[0]
-    assert torch.equal(target["semantic"], semantic(target))
+    assert torch.equal(target["semantic"], semantic(draw_scenes(2, 1)[1][0]))
+
+
+def test_a_target_has_what_its_task_needs():
+    assert "masks" not in load_annotated("scenes", "test", "keypoints", n=2)[0][1]
+    assert set(load_annotated("scenes", "test", "segment", n=2)[0][1]) == {"semantic", "image_id"}
 
 
 # ---- PASCAL VOC
@@ -151,11 +157,11 @@ def test_voc_tests_on_all_images_in_the_order_of_names_and_counts_boxes_of_no_si
     assert one["image_id"] == 1
 
 
-def test_voc_difficult_objects_are_crowds_in_a_test_split(voc):
+def test_voc_difficult_objects_are_marked_in_a_test_split(voc):
     write(voc / "ImageSets" / "Main" / "test.txt", "2007_000003\n")
     test = load_annotated(voc, "test", "detect")  # test goes before val
     _, target = test[0]
-    assert target["iscrowd"].tolist() == [0, 1]
+    assert target["iscrowd"].tolist() == [0, DIFFICULT]
     assert target["labels"].tolist() == [15, 7]
     assert target["boxes"].tolist()[1] == [0, 0, 10, 10]
     train = load_annotated(voc, "train", "detect")  # what is left of trainval
@@ -302,7 +308,6 @@ def test_coco_pixels_have_the_class_of_their_masks_and_two_classes_are_none(coco
     expected[10:15, 15:20] = IGNORED
     expected[20:, 39] = 1  # the crowd, which is no object of the target, is of its class
     assert torch.equal(target["semantic"], expected)
-    assert target["labels"].tolist() == [3, 1]
 
 
 def test_pixels_of_three_objects_have_a_class_only_if_all_agree():
@@ -319,6 +324,21 @@ def test_coco_without_segmentations_has_boxes_alone(coco):
     assert "masks" not in train[0][1]
     with pytest.raises(DataError, match="objects without a segmentation: add it to each, or take the task detect"):
         load_annotated(coco, "train", "segment")
+
+
+def test_splits_that_do_not_go_together_are_told_before_anything_is_trained(coco, capsys):
+    assert [split.split for split in load_splits(coco, "detect")] == ["train", "test"]
+    bare = [annotation(9, 5, 18, (2, 2, 6, 6), segmentation=[])]
+    val = {5: "000000000005.jpg"}
+    save_json(coco, "instances_val", coco_json(val, bare))
+    assert [split.has_masks for split in load_splits(coco, "detect")] == [False, False]
+    assert "objects of one split have no masks, so boxes alone are trained and judged" in capsys.readouterr().err
+    save_json(coco, "instances_val", coco_json(val, []))
+    with pytest.raises(DataError, match="nothing to judge in its test split"):
+        load_splits(coco, "detect")
+    save_json(coco, "instances_val", coco_json(val, bare, [(18, "dog"), (44, "bottle")]))
+    with pytest.raises(DataError, match=r"have not the same classes \(\['person'\]\): list the same in both"):
+        load_splits(coco, "detect")
 
 
 def test_coco_images_may_lie_in_images(coco):

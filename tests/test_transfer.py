@@ -10,14 +10,16 @@ from torch import nn
 
 from benchmarks import transfer as benchmark
 from tutorial_moco import transfer
+from tutorial_moco.annotated import load_annotated
 from tutorial_moco.augment import plain_view
-from tutorial_moco.dense import freeze, mirrored, trunk
+from tutorial_moco.dense import CROWD, DIFFICULT, Batches, freeze, mirror_order, mirrored, trunk
 from tutorial_moco.detection import average_precision, build_detector
 from tutorial_moco.encoders import ENCODERS, build_encoder
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.evaluate import linear_probe
 from tutorial_moco.images import ImageSet
 from tutorial_moco.masked import load_painter, mask_order
+from tutorial_moco.recipes import Recipe
 from tutorial_moco.segmentation import Segmenter, mean_iou
 from tutorial_moco.shapes import SHAPE_CLASSES, draw_shapes
 from tutorial_moco.supervised import begin_with_probe
@@ -88,6 +90,16 @@ def test_average_precision_of_masks_asks_for_their_pixels():
     found = average_precision([(truth, boxes(ONE, scores=[0.9]) | {"masks": sure[None]})], ["boxes", "masks"])
     assert found["ap_boxes"] == pytest.approx(100)
     assert [found["ap_masks"], found["ap50_masks"], found["ap75_masks"]] == pytest.approx([30, 100, 0])
+
+
+def test_a_difficult_object_forgives_a_box_that_fits_it_and_a_crowd_any_box_inside_it():
+    found = boxes((0, 0, 20, 20), (60, 60, 70, 70), scores=[0.9, 0.8])
+    expected = {CROWD: 100.0, DIFFICULT: 50.0}  # the small box lies in the object that is not judged, but does not fit it
+    for kind, ap in expected.items():
+        truth = boxes((0, 0, 50, 50), (60, 60, 70, 70), crowd=[kind, 0])
+        assert average_precision([(truth, found)], ["boxes"])["ap50_boxes"] == pytest.approx(ap, abs=0.6)
+    truth = boxes((0, 0, 20, 20), (60, 60, 70, 70), crowd=[DIFFICULT, 0])
+    assert average_precision([(truth, found)], ["boxes"])["ap50_boxes"] == pytest.approx(100)
 
 
 def test_average_precision_of_keypoints_follows_the_similarity_of_coco():
@@ -187,6 +199,34 @@ def test_detectors_give_losses_and_answers_and_every_encoder_weight_learns(name,
     assert {"boxes", "labels", "scores"} <= set(answer)
 
 
+def test_boxes_of_layers_in_bfloat16_are_not_rounded_to_it():
+    model = build_detector(encoder().backbone, "masks", 3).eval()
+    model.roi_heads.score_thresh = 0.0
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = model([torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))])
+    assert found["boxes"].dtype == found["masks"].dtype == torch.float32
+    inside = found["boxes"][(found["boxes"] > 0) & (found["boxes"] < 96)]
+    assert len(inside) > 10
+    assert (inside != inside.bfloat16().float()).float().mean() > 0.9
+
+
+def test_an_encoder_for_small_images_gets_small_images_and_a_resnet50_large_ones():
+    for name, side in (("tiny", 96), ("resnet18", 96), ("resnet50", 800)):
+        assert build_detector(encoder(name).backbone, "boxes", 3).transform.min_size == (side,)
+    for name in ("tiny", "resnet18"):
+        assert Segmenter(encoder(name).backbone, 3).net(torch.zeros(1, 3, 64, 64)).shape[-1] == 16
+
+
+def test_a_segmenter_answers_at_the_size_of_the_image_whatever_size_it_works_at():
+    model, images = Segmenter(encoder().backbone, 3, image_size=32), [torch.rand(3, 64, 80), torch.rand(3, 48, 40)]
+    seen = []
+    model.net.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape[-2:])))
+    assert [tuple(answer["semantic"].shape) for answer in model.eval()(images)] == [(64, 80), (48, 40)]
+    assert seen == [(38, 40)]
+    targets = [{"semantic": torch.randint(0, 4, image.shape[-2:])} for image in images]
+    model.train()(images, targets)["loss"].backward()
+
+
 # ---- views
 
 
@@ -200,16 +240,42 @@ def test_a_mirror_turns_left_to_right_and_back():
     }  # fmt: skip
     target["masks"][0, :2, 1:3] = 1
     target["semantic"][:2, 1:3] = 2
-    flipped_image, flipped = mirrored(image, target, names)
+    flipped_image, flipped = mirrored(image, target, mirror_order(names))
     assert torch.equal(flipped_image[:, :, 0], image[:, :, 5])
     assert flipped["boxes"].tolist() == [[3, 0, 5, 2]]
     assert flipped["masks"][0, 0].tolist() == [0, 0, 0, 1, 1, 0]
     assert flipped["semantic"][0].tolist() == [0, 0, 0, 2, 2, 0]
     # What was the left barb is the right one now; the one that is not there stays nowhere.
     assert flipped["keypoints"].tolist() == [[[4.5, 0.5, 2], [0, 0, 0], [3.5, 1.5, 1]]]
-    again_image, again = mirrored(flipped_image, flipped, names)
+    again_image, again = mirrored(flipped_image, flipped, mirror_order(names))
     assert torch.equal(again_image, image)
     assert all(torch.equal(again[name], target[name]) for name in target)
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (("nose", "left_eye", "right_eye"), [0, 2, 1]),
+        (("Right_Knee", "Left_Knee"), [1, 0]),
+        (("R_hip", "neck", "L_hip"), [2, 1, 0]),
+        (("leftEye", "rightEye"), [1, 0]),
+        (("upright", "bright spot"), [0, 1]),  # words, not letters
+        (("left ear", "nose"), None),
+        ((), []),
+    ],
+)
+def test_what_a_keypoint_becomes_in_a_mirror(names, order):
+    assert mirror_order(names) == order
+
+
+def test_where_left_and_right_are_unknown_nothing_is_mirrored(capsys):
+    class Data(list):
+        name, keypoints, in_memory = "mine", ("left ear", "nose"), True
+
+    images = [(torch.full((3, 8, 8), i, dtype=torch.uint8) + torch.arange(8, dtype=torch.uint8), {}) for i in range(32)]
+    seen = [image for images, _ in Batches(Data(images), 8, seed=0).epoch(0) for image in images]
+    assert all(image[0, 0, 0] < image[0, 0, 7] for image in seen)
+    assert "don't tell left from right" in capsys.readouterr().err
 
 
 # ---- classification
@@ -256,6 +322,34 @@ def test_a_layer_can_begin_with_a_probe_and_then_answers_as_it_does(classes):
     torch.testing.assert_close(layer(features).softmax(dim=1), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_fine_tuning_has_one_recipe_however_the_start_was_trained(monkeypatch):
+    asked = []
+    monkeypatch.setattr(transfer, "train_classifier", lambda net, recipe, *_, **__: asked.append(recipe) or ([], 0.0))
+    train = shapes(200, 0, "train")
+    first = load_start("none", plain_view(train.images), encoder="tiny")
+    odd = first.recipe.replace(
+        mechanism="memory_bank", K=7, optimizer="adamw", lr=9.0, weight_decay=1.0, schedule="steps", dim=3
+    )
+    for start in (first, replace(first, recipe=odd, steps=5)):
+        classify(start, train, train, how="fine_tuned", progress=False)
+    assert asked[0] == asked[1]
+    classify(replace(first, recipe=odd), train, train, how="fine_tuned", lr=0.5, progress=False)
+    assert asked[2] == asked[0].replace(lr=0.5)
+
+
+def test_fresh_weights_are_drawn_by_the_seed_and_their_batchnorm_has_seen_the_images():
+    images = plain_view(shapes(300, 0, "train").images)
+    starts = [load_start("none", images, encoder="tiny", seed=seed).backbone.eval() for seed in (0, 0, 1)]
+    features = [backbone(images) for backbone in starts]
+    assert torch.equal(features[0], features[1])
+    assert not torch.equal(features[0], features[2])
+    norm = next(module for module in starts[0].modules() if isinstance(module, nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    starts[0](images)
+    torch.testing.assert_close(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=0.1, atol=0.02)
+
+
 # ---- the rows
 
 
@@ -267,10 +361,19 @@ def test_the_plan_has_every_start_and_a_row_that_is_there_is_not_measured_again(
     assert {job.start for job in jobs} == set(benchmark.STARTS)
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
     measured = []
-    monkeypatch.setattr(benchmark, "measure", lambda flags, job: measured.append(job) or asdict(job))
+    sets = shapes(20, 0, "train"), shapes(20, 1, "test")
+    monkeypatch.setattr(benchmark, "images_of", lambda *_: sets)
+    row = lambda flags, job: asdict(job) | benchmark.pretraining(flags, job)  # noqa: E731
+    monkeypatch.setattr(benchmark, "measure", lambda flags, job: measured.append(job) or row(flags, job))
     assert benchmark.run(flags) == f"150 rows in {tmp_path / 'study-transfer.jsonl'}, 150 of them new"
     assert benchmark.run(flags).endswith("150 rows in " + str(tmp_path / "study-transfer.jsonl") + ", 0 of them new")
     assert measured == jobs
+    assert benchmark.run(replace(flags, epochs=9)).endswith("0 of them new")  # which is for photographs
+    for path in tmp_path.glob("study*"):
+        path.write_text(path.read_text().replace('"pretrain_epochs": 20', '"pretrain_epochs": 5'))
+    assert benchmark.run(flags).endswith("150 of them new")
+    with pytest.raises(UsageError, match="--source must be shapes or photographs, not photos"):
+        benchmark.run(replace(flags, source="photos"))
     with pytest.raises(UsageError, match="--only nix is not known"):
         benchmark.run(benchmark.Flags(out=tmp_path, only="nix"))
 
@@ -308,15 +411,22 @@ def test_photographs_have_transformers_too_and_the_painter_is_kept(tmp_path, mon
     assert loss.item() == pytest.approx(facts["final_loss"], abs=0.3)
 
 
-def test_a_model_survives_its_file(tmp_path):
-    model = transfer.build(encoder().backbone, "segment", 10)
-    how = {"encoder": "tiny", "task": "segment", "classes": 10, "frozen": False}
-    transfer.save_trained(tmp_path / "model", transfer.Trained(model, how, {"miou": 1.0}, 2.0, torch.float32), {"seed": 3})
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_a_model_survives_its_file(task, tmp_path):
+    data = [load_annotated("scenes", split, task, n=8) for split in ("train", "test")]
+    recipe, kept = Recipe(encoder="tiny", norm="group"), []
+    made = build_encoder("tiny", norm="group")
+    start = transfer.Start("mine", made.backbone, made.feature_dim, recipe)
+    trained = transfer.dense(start, task, *data, epochs=1, batch_size=4, dtype=torch.float32, keep=kept.append, progress=False)
+    assert kept[0].model is trained.model
+    assert kept[0].result == {}
+    transfer.save_trained(tmp_path / "model", trained, {"seed": 3})
     again, facts = transfer.load_trained(tmp_path / "model")
-    images = [torch.rand(3, 32, 48)]
-    assert torch.equal(again(images)[0]["semantic"], model.eval()(images)[0]["semantic"])
+    images = [torch.rand(3, 96, 96)]
+    for mine, theirs in zip(again(images)[0].values(), trained.model.eval()(images)[0].values(), strict=True):
+        assert torch.equal(mine, theirs)
     assert facts["seed"] == 3
-    assert facts["result"] == {"miou": 1.0}
+    assert facts["result"] == trained.result
     with pytest.raises(DataError, match="holds no model of a dense task"):
         transfer.load_trained(SHIPPED)
 

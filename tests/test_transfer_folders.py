@@ -9,15 +9,19 @@ import torch
 from PIL import Image
 from pycocotools.mask import encode
 
-from tutorial_moco import cli
+from tutorial_moco import cli, transfer_report
 from tutorial_moco.annotated import load_annotated
+from tutorial_moco.checkpoint import pack, save_checkpoint
+from tutorial_moco.encoders import build_encoder
 from tutorial_moco.images import load_images
+from tutorial_moco.recipes import Recipe
 from tutorial_moco.scenes import ARROW_RICH, KEYPOINTS, draw_scenes, semantic
 from tutorial_moco.shapes import SHAPE_CLASSES
-from tutorial_moco.transfer import classify, dense, load_start
+from tutorial_moco.transfer import Start, classify, dense, load_start
 
 DATA = Path(__file__).parent.parent / "data"
 FEW = {"train": (6, 0), "test": (3, 1)}
+VIT = {"recipe": Recipe(encoder="vit").to_json(), "step": 1}
 OBJECT = (
     "<object><name>{}</name><difficult>0</difficult><bndbox><xmin>{:.0f}</xmin><ymin>{:.0f}</ymin>"
     "<xmax>{:.0f}</xmax><ymax>{:.0f}</ymax></bndbox></object>"
@@ -127,6 +131,42 @@ def test_the_command_takes_a_voc_folder_and_leaves_a_report_rows_and_a_model(tas
     assert str(tmp_path / "report.html") in capsys.readouterr().out
 
 
+def test_a_row_and_a_model_are_written_before_the_next_training_which_may_fail(voc, tmp_path, monkeypatch, capsys):
+    done = []
+
+    def twice(*args, **how):
+        if done:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.append(dense(*args, **how))
+        return done[0]
+
+    monkeypatch.setattr(transfer_report, "dense", twice)
+    flags = ["--encoder", "tiny", "--epochs", "1", "--batch-size", "2", "--seeds", "2", "--out", str(tmp_path)]
+    assert cli.main(["transfer", "--task", "segment", "--data", str(voc), *flags]) == 2
+    assert "the GPU's memory is full: take a smaller --batch-size" in capsys.readouterr().err
+    assert [row["seed"] for row in json.loads((tmp_path / "result.json").read_text())["results"]] == [0]
+    assert (tmp_path / "model-1.safetensors").exists()
+
+
+def test_runs_of_the_same_name_are_told_apart_in_the_report(tmp_path):
+    starts = [
+        Start(f"runs/{run}/moco/checkpoint.safetensors", torch.nn.Identity(), 3, Recipe(), steps=1)
+        for run in ("first", "second")
+    ]
+    colours, titles = transfer_report._looks([*starts, Start("none", torch.nn.Identity(), 3, Recipe())])
+    assert titles == {start.name: start.name for start in starts} | {"none": "fresh weights"}
+    assert len(set(colours.values())) == 3
+
+
+def test_an_image_of_any_size_gives_the_fresh_encoder_something_to_see(tmp_path):
+    class Data(list):
+        pass
+
+    sizes = [(20, 300), (96, 96), (500, 40)]
+    images = Data((torch.randint(0, 256, (3, *size), dtype=torch.uint8), {}) for size in sizes)
+    assert transfer_report.sample(images).shape == (3, 3, 96, 96)
+
+
 def test_the_command_classifies_with_few_labels_from_several_starts(tmp_path, capsys):
     shipped = str(DATA / "moco-shapes.safetensors")
     flags = ["--labels", "0.003", "--epochs", "1", "--encoder", "tiny", "--out", str(tmp_path), "--data", "digits"]
@@ -151,6 +191,8 @@ def test_a_checkpoint_of_a_memory_bank_is_fine_tuned_on_fewer_images_than_its_di
         (["--task", "detect", "--data", "nowhere"], 3, "is no folder"),
         (["--task", "guess"], 2, "--task"),
         (["--labels", "1.5"], 2, "--labels must be shares in (0, 1]"),
+        (["--frozen"], 2, "--frozen is for detect, keypoints and segment"),
+        (["--checkpoint", "vit", "--task", "detect", "--data", "voc"], 2, "has no maps of several sizes"),
         (["--epochs", "0"], 2, "--epochs must be above 0, not 0"),
         (["--seeds", "-1"], 2, "--seeds must be above 0, not -1"),
         (["--task", "keypoints", "--data", "voc"], 2, "no keypoints"),
@@ -161,7 +203,8 @@ def test_a_checkpoint_of_a_memory_bank_is_fine_tuned_on_fewer_images_than_its_di
 )
 def test_a_mistake_is_told_in_one_line(flags, status, told, voc, tmp_path, capsys):
     (tmp_path / "here").mkdir()
-    places = {"here": tmp_path / "here", "nowhere": tmp_path / "nowhere", "voc": voc}
+    save_checkpoint(tmp_path / "vit", pack(**{"mechanism.encoder": build_encoder("vit")}), VIT)
+    places = {"vit": tmp_path / "vit", "here": tmp_path / "here", "nowhere": tmp_path / "nowhere", "voc": voc}
     words = [str(places.get(word, word)) for word in flags]
     assert cli.main(["transfer", *words, "--out", str(tmp_path / "out")]) == status
     message = capsys.readouterr().err.strip().splitlines()[-1]

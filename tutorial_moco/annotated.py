@@ -16,7 +16,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -28,6 +28,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 
+from tutorial_moco.dense import CROWD, DIFFICULT
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.scenes import ARROW_RICH, KEYPOINTS, draw_scenes, semantic
 from tutorial_moco.segmentation import IGNORED
@@ -45,11 +46,11 @@ class Annotated(torch.utils.data.Dataset):
     A target has ``image_id``, the number i, and for the k objects of the image:
     ``boxes`` float32 (k, 4), x0, y0, x1, y1 in pixels, of a positive size;
     ``labels`` int64 (k,), from 1 on: label i is ``classes[i - 1]``, 0 is the ground;
-    ``area`` float32 (k,) in pixels; ``iscrowd`` int64 (k,), 1 for what is not judged: COCO's crowds, VOC's difficult ones;
-    ``masks`` uint8 (k, H, W), 0 or 1, if `has_masks`;
+    ``area`` float32 (k,) in pixels; ``iscrowd`` int64 (k,), not 0 for what is not judged: 1 COCO's crowds, 2 VOC's difficult;
+    ``masks`` uint8 (k, H, W), 0 or 1, if `has_masks`, for the task ``detect``;
     ``keypoints`` float32 (k, points, 3), if there are `keypoints`: x, y and 2 visible, 1 hidden, 0 not there (then x = y = 0).
-    For the task ``segment`` it has ``semantic``, int64 (H, W): a label for each pixel, or 255 where none is judged.
-    For VOC's ``segment`` it has that and ``image_id`` alone.
+    For the task ``segment`` it has ``semantic`` and ``image_id`` alone: int64 (H, W), a label for each pixel, or 255 where
+    none is judged.
 
     Attributes:
         name: ``scenes``, or the name of the folder. split: ``train`` or ``test``.
@@ -81,9 +82,9 @@ class _Object(NamedTuple):
     box: tuple[float, ...]
     label: int
     area: float
-    crowd: bool
+    crowd: int
     points: tuple[float, ...] = ()
-    segmentation: Any = None
+    segmentation: bytes = b""  # COCO's, as JSON: as numbers of Python a million of them would take gigabytes
 
     def has_size(self) -> bool:
         x0, y0, x1, y1 = self.box
@@ -139,19 +140,47 @@ def load_annotated(data: str | Path, split: Literal["train", "test"], task: Task
     raise DataError(f"{path} is in neither layout that can be read, {voc} or {coco}: arrange it so")
 
 
+def load_splits(data: str | Path, task: Task) -> tuple[Annotated, Annotated]:
+    """The training and the test split, of which the second can be judged by what the first teaches.
+
+    Where objects of one split only have masks, they count for none, and a line on stderr says so.
+
+    Raises:
+        DataError: as `load_annotated`; or the splits have not the same classes or keypoints, or nothing in the test split
+            can be judged.
+    """
+    train, test = (load_annotated(data, split, task) for split in SCENES)
+    for what in ("classes", "keypoints"):
+        ours, theirs = getattr(train, what), getattr(test, what)
+        if ours != theirs:
+            odd = sorted(set(ours) ^ set(theirs))[:3] or "their order"
+            raise DataError(f"{train.name}: the splits train and test have not the same {what} ({odd}): list the same in both")
+    objects = [o for record in test.records if isinstance(record, _Record) for o in record.objects if not o.crowd]
+    judged = any(any(o.points[2::3]) for o in objects) if task == "keypoints" else objects
+    if not judged and isinstance(test.records[0], _Record) and task != "segment":
+        raise DataError(f"{test.name} has nothing to judge in its test split, {len(objects)} objects for {task}: add some")
+    if train.has_masks != test.has_masks:
+        print(f"{train.name}: objects of one split have no masks, so boxes alone are trained and judged", file=sys.stderr)
+        return replace(train, has_masks=False), replace(test, has_masks=False)
+    return train, test
+
+
 def _scenes(split: str, task: Task, n: int | None) -> Annotated:
     count, seed = SCENES[split]
     images, targets = draw_scenes(n or count, seed, kinds=ARROW_RICH if task == "keypoints" else None)
     digest = hashlib.sha256(images.numpy().reshape(-1))
     for tensor in (tensor for target in targets for tensor in target.values()):
         digest.update(tensor.contiguous().numpy().tobytes())
-    records, read = list(zip(images, targets, strict=True)), partial(_read_scene, segment=task == "segment")
-    return Annotated("scenes", split, SHAPE_CLASSES, KEYPOINTS, digest.hexdigest(), True, True, records, read)
+    records, read, masks = list(zip(images, targets, strict=True)), partial(_read_scene, task=task), task == "detect"
+    return Annotated("scenes", split, SHAPE_CLASSES, KEYPOINTS, digest.hexdigest(), masks, True, records, read)
 
 
-def _read_scene(record: tuple[Tensor, dict[str, Tensor]], segment: bool) -> Example:
-    image, target = record[0], record[1] | {"iscrowd": torch.zeros_like(record[1]["labels"])}
-    return image, target | ({"semantic": semantic(target)} if segment else {})
+def _read_scene(record: tuple[Tensor, dict[str, Tensor]], task: Task) -> Example:
+    image, target = record
+    if task == "segment":
+        return image, {"semantic": semantic(target)}
+    wanted = {name: value for name, value in target.items() if name != "masks" or task == "detect"}
+    return image, wanted | {"iscrowd": torch.zeros_like(target["labels"])}
 
 
 @contextlib.contextmanager
@@ -270,7 +299,7 @@ def _voc_objects(file: Path) -> list[tuple[str, _Object]]:
             x0, y0, x1, y1 = (float(_text(node, f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax"))
             difficult = (node.findtext("difficult") or "").strip() == "1"
             box, area = (x0 - 1, y0 - 1, x1, y1), (x1 - x0 + 1) * (y1 - y0 + 1)
-            found.append((_text(node, "name"), _Object(box, 0, area, difficult)))
+            found.append((_text(node, "name"), _Object(box, 0, area, DIFFICULT * difficult)))
         return found
 
 
@@ -320,9 +349,10 @@ def _coco(root: Path, split: str, task: Task, n: int | None) -> Annotated:
     if task == "keypoints" and not points:
         raise DataError(f"{file} has no names of keypoints in its categories: add them, or take the task detect")
     records = _choose(_coco_records(known, file, folder, points), split, n, title)
-    has_masks = all(o.segmentation for record in records for o in record.objects)
-    if task == "segment" and not has_masks:
+    outlined = all(o.segmentation for record in records for o in record.objects)
+    if task == "segment" and not outlined:
         raise DataError(f"{file} has objects without a segmentation: add it to each, or take the task detect")
+    has_masks = outlined and task == "detect"
     read = partial(_read_coco, file=file, split=split, task=task, points=len(points), has_masks=has_masks)
     return Annotated(title, split, classes, points, _hash([content], records), has_masks, False, records, read)
 
@@ -358,9 +388,10 @@ def _coco_object(annotation: dict, labels: dict[int, int], points: int) -> _Obje
         raise ValueError(f"annotation {annotation['id']} has the category {category}, which is not in the list of them")
     if points and len(where) != 3 * points:
         raise ValueError(f"annotation {annotation['id']} has {len(where)} numbers for {points} keypoints, not {3 * points}")
-    area, crowd = float(annotation.get("area", width * height)), bool(annotation.get("iscrowd", 0))
+    area, crowd = float(annotation.get("area", width * height)), CROWD * bool(annotation.get("iscrowd", 0))
     box, shape = (x, y, x + width, y + height), annotation.get("segmentation")
-    return _Object(box, labels[category], area, crowd, tuple(map(float, where)) if points else (), shape)
+    outline = json.dumps(shape).encode() if shape else b""
+    return _Object(box, labels[category], area, crowd, tuple(map(float, where)) if points else (), outline)
 
 
 def _read_coco(record: _Record, *, file: Path, split: str, task: Task, points: int, has_masks: bool) -> Example:
@@ -368,10 +399,9 @@ def _read_coco(record: _Record, *, file: Path, split: str, task: Task, points: i
     if (found := tuple(image.shape[1:])) != size:
         raise DataError(f"{record.image} has height and width {found}, but {file} says {size}: bring what was annotated")
     target = _target(record.objects, points)
-    if has_masks:
-        target["masks"] = _masks(record, file)
-    pixels = {"semantic": _painted(target["masks"], target["labels"])} if task == "segment" else {}
-    return image, _wanted(target, split) | pixels
+    if task == "segment":
+        return image, {"semantic": _painted(_masks(record, file), target["labels"])}
+    return image, _wanted(target | ({"masks": _masks(record, file)} if has_masks else {}), split)
 
 
 def _masks(record: _Record, file: Path) -> Tensor:
@@ -381,7 +411,8 @@ def _masks(record: _Record, file: Path) -> Tensor:
     masks = torch.zeros(len(record.objects), *record.more, dtype=torch.uint8)
     with _parsing(f"{file}, a segmentation of {record.image.name}"):
         for mask, found in zip(masks, record.objects, strict=True):
-            mask[:] = torch.from_numpy(known.annToMask({"image_id": 0, "segmentation": found.segmentation}))
+            shape = json.loads(found.segmentation)
+            mask[:] = torch.from_numpy(known.annToMask({"image_id": 0, "segmentation": shape}))
     return masks
 
 

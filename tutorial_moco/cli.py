@@ -1,6 +1,7 @@
 """The command line. Each command is a record of its flags and a function; mistakes end in one line and status 2 or 3."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -103,7 +104,7 @@ class Transfer:
     """Start another task from an encoder, pre-trained or fresh, and see what the start was worth.
 
     classify: a linear classifier and fine-tuning with a share of the labels. detect: boxes, and masks where the data has
-    them. segment: the class of each pixel. keypoints: objects' corner points. The three are judged as COCO and VOC judge.
+    them. segment: the class of each pixel. keypoints: objects' corner points. Judged by COCO's AP, and by VOC's mIoU.
     """
 
     task: Literal["classify", "detect", "segment", "keypoints"] = "classify"
@@ -120,7 +121,7 @@ class Transfer:
     epochs: int | None = None
     """Passes over all images; 5 for classify, where fewer images are seen more often, 16 for segment, else 8."""
     lr: float | None = None
-    """Learning rate; 0.1 for classify (a transformer's own), 0.02 for detect and keypoints, 0.2 for segment."""
+    """Learning rate; 0.1 for classify (of a transformer 0.001), 0.02 for detect and keypoints, 0.2 for segment."""
     batch_size: int | None = None
     """Images of a step; 64 for classify, else 8."""
     neck: Literal["fpn", "c4"] = "fpn"
@@ -128,7 +129,8 @@ class Transfer:
     frozen: bool = False
     """detect, keypoints, segment: the encoder keeps its weights."""
     image_size: int | None = None
-    """Shorter side in pixels that images are brought to; 96 for detection with a small encoder, 800 with a ResNet."""
+    """Shorter side in pixels that images are brought to; if left out 96 for detection with an encoder for small images, 800
+    with a ResNet-50, and for segment as they are."""
     seeds: int = 1
     """Trainings from each start."""
     out: Path | None = None
@@ -233,23 +235,30 @@ def run_transfer(flags: Transfer) -> dict:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if not flags.labels or not all(0 < share <= 1 for share in flags.labels):
         raise UsageError(f"--labels must be shares in (0, 1], not {' '.join(map(str, flags.labels))}")
-    from tutorial_moco.annotated import load_annotated
-    from tutorial_moco.transfer import load_start
+    if flags.frozen and flags.task == "classify":
+        raise UsageError("--frozen is for detect, keypoints and segment: classify's linear classifier is of frozen features")
+    from tutorial_moco.annotated import load_splits
+    from tutorial_moco.transfer import FRESH, load_start
     from tutorial_moco.transfer_report import sample, transfer_classify, transfer_dense
 
     if flags.task == "classify":
         train, test = load(DataFlags(data=flags.data or "shapes", image_size=flags.image_size))
     else:
-        train, test = (load_annotated(flags.data or "scenes", split, flags.task) for split in ("train", "test"))
-    few = sample(train)
-    starts = [load_start(path, few, encoder=flags.encoder) for path in dict.fromkeys(flags.checkpoint)]
+        train, test = load_splits(flags.data or "scenes", flags.task)
+    names = list(dict.fromkeys(flags.checkpoint))
+    few = sample(train, flags.image_size) if FRESH in names else None
+
+    @functools.cache
+    def start(name: str, seed: int):
+        return load_start(name, few, encoder=flags.encoder, seed=seed)
+
     told = repr(replace(flags, json=None, out=None))  # another command has another folder
     out = flags.out or Path("runs") / f"transfer-{flags.task}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     how = {"epochs": flags.epochs, "lr": flags.lr, "batch_size": flags.batch_size}
     if flags.task == "classify":
-        return transfer_classify(starts, train, test, flags.labels, flags.seeds, out, **how)
+        return transfer_classify(names, start, train, test, flags.labels, flags.seeds, out, **how)
     how |= {"neck": flags.neck, "frozen": flags.frozen, "image_size": flags.image_size}
-    return transfer_dense(starts, flags.task, train, test, flags.seeds, out, **how)
+    return transfer_dense(names, start, flags.task, train, test, flags.seeds, out, **how)
 
 
 def run_data(flags: Data) -> dict:
@@ -357,7 +366,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(__version__)
         return 0
-    return exit_status("tutorial-moco", lambda: run_command(*argv), "goes on from the last checkpoint")
+    goes_on = "goes on from the last checkpoint" if argv[0] in ("compare", "pretrain") else "begins anew"
+    return exit_status("tutorial-moco", lambda: run_command(*argv), goes_on)
 
 
 def run_command(name: str, *words: str) -> None:
@@ -378,6 +388,11 @@ def exit_status(prog: str, work: Callable[[], None], again: str) -> int:
     except (UsageError, DataError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_status
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; a name, so that --help need not wait for torch
+            raise
+        print(f"{prog}: the GPU's memory is full: take a smaller --batch-size or --image-size", file=sys.stderr)
+        return UsageError.exit_status
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; the same command {again}", file=sys.stderr)
         return 130

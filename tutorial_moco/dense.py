@@ -5,10 +5,11 @@ Shapes: H x W pixels of an image, k objects in it. A target is torchvision's: ``
 
 import copy
 import math
+import re
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.randomness import permutation, uniform
 from tutorial_moco.speed import autocast, keep_freed_memory
 
+CROWD, DIFFICULT = 1, 2  # objects that are not judged, of COCO and of VOC
 MIRROR_DRAW = 7_000_003  # keeps the draw of mirror images apart from other numbers of the same seed
 
 
@@ -75,11 +77,11 @@ def freeze(net: nn.Module) -> None:
 # Data ----------------------------------------------------------------------------------------------------------------
 
 
-def mirrored(image: Tensor, target: dict[str, Tensor], keypoints: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+def mirrored(image: Tensor, target: dict[str, Tensor], other_side: Sequence[int] = ()) -> tuple[Tensor, dict[str, Tensor]]:
     """An image (3, H, W) and its target seen in a mirror, left for right.
 
     Args:
-        keypoints: their names, of which a ``left …`` becomes a ``right …``; () if there are none.
+        other_side: for each keypoint the one that it becomes, as `mirror_order` gives it.
     """
     width, flipped = image.shape[-1], dict(target)
     for name in ("masks", "semantic"):
@@ -89,17 +91,22 @@ def mirrored(image: Tensor, target: dict[str, Tensor], keypoints: tuple[str, ...
         x0, y0, x1, y1 = target["boxes"].unbind(1)
         flipped["boxes"] = torch.stack([width - x1, y0, width - x0, y1], dim=1)
     if "keypoints" in target:
-        points = target["keypoints"][:, [keypoints.index(_other_side(name)) for name in keypoints]]
+        points = target["keypoints"][:, list(other_side)]
         x, y, visible = points.unbind(2)
         flipped["keypoints"] = torch.stack([torch.where(visible > 0, width - x, x), y, visible], dim=2)
     return image.flip(-1), flipped
 
 
-def _other_side(name: str) -> str:
-    """The name of the same point in a mirror."""
-    if "left" in name:
-        return name.replace("left", "right")
-    return name.replace("right", "left")
+def mirror_order(names: Sequence[str]) -> list[int] | None:
+    """For each keypoint the number of the one that it becomes in a mirror: of ``left_eye`` that of ``right_eye``.
+
+    ``left`` and ``right``, or ``l`` and ``r``, count where they are words. None if a point of one side has no partner: then
+    nobody knows what a mirror image should be called.
+    """
+    sides = {"left": "right", "right": "left", "l": "r", "r": "l"}
+    words = [tuple(re.findall("[a-z0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())) for name in names]
+    partners = [tuple(sides.get(word, word) for word in name) for name in words]
+    return [words.index(partner) for partner in partners] if set(partners) <= set(words) else None
 
 
 class Batches:
@@ -108,23 +115,26 @@ class Batches:
     def __init__(self, data: Dataset, batch_size: int, seed: int):
         if len(data) < batch_size:
             raise UsageError(f"--batch-size must be at most the number of training images, {len(data)}, not {batch_size}")
-        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.data, self.batch_size, self.seed, self.other_side = data, batch_size, seed, mirror_order(data.keypoints)
+        if self.other_side is None:
+            told = f"{data.name}: no mirror images, since the keypoints {', '.join(data.keypoints)} don't tell left from right"
+            print(told, file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.data) // self.batch_size
 
     def epoch(self, number: int) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-        """Lists of float32 images (3, H, W) in [0, 1] and of their targets."""
+        """Lists of uint8 images (3, H, W) and of their targets."""
         order = permutation(len(self.data), self.seed, number)[: len(self) * self.batch_size]
         flip = uniform(self.seed, number, MIRROR_DRAW, torch.arange(len(self.data))) < 0.5
         parts = order.view(-1, self.batch_size).tolist()
         loader = DataLoader(self.data, batch_sampler=parts, collate_fn=list, num_workers=0 if self.data.in_memory else 2)
         for part, examples in zip(parts, _read(loader), strict=True):
             pairs = [
-                mirrored(*example, self.data.keypoints) if flip[i] else example
+                mirrored(*example, self.other_side) if flip[i] and self.other_side is not None else example
                 for i, example in zip(part, examples, strict=True)
             ]
-            yield [image / 255 for image, _ in pairs], [target for _, target in pairs]
+            yield [image for image, _ in pairs], [target for _, target in pairs]
 
 
 def _read(loader: DataLoader) -> Iterator[list]:
@@ -171,7 +181,7 @@ def fit(
             for images, targets in batches.epoch(epoch):
                 optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / total)) / 2
                 with autocast(device, dtype):
-                    losses = model([i.to(device) for i in images], [_to(target, device) for target in targets])
+                    losses = model([i.to(device) / 255 for i in images], [_to(target, device) for target in targets])
                 loss = sum(losses.values())
                 if not math.isfinite(loss.item()):
                     raise UsageError(f"the loss is {loss.item()} at step {step + 1}: try a lower --lr")

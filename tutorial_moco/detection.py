@@ -26,8 +26,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 
 from tutorial_moco.augment import MEAN, STD
-from tutorial_moco.dense import freeze, trunk
-from tutorial_moco.encoders import SmallBackbone
+from tutorial_moco.dense import DIFFICULT, freeze, trunk
+from tutorial_moco.errors import DataError
 
 SIGMA = 0.05  # of every corner in OKS; of COCO's own keypoints an eye has 0.025 and a hip 0.107
 COCO_SIGMAS = 17  # a person's keypoints, for which pycocotools knows each its sigma
@@ -70,14 +70,15 @@ def build_detector(
         classes: number of kinds of object, without the ground. keypoints: how many an object has.
         neck: ``fpn``, a pyramid of the stages from stride 4 on; ``c4``, the last stage but one, whose last stage then
             is the box head, as in the paper.
-        image_size: shorter side in pixels that images are brought to; 96 for the small encoders, 800 for others if None.
+        image_size: shorter side in pixels that images are brought to; 96 for encoders of small images, 800 for others if None.
         frozen: the encoder keeps its weights.
 
     Raises:
         UsageError: the backbone has no maps of several sizes.
     """
-    size = SMALL if isinstance(backbone, SmallBackbone) else LARGE
     net, stages = trunk(backbone)
+    finest = next(iter(stages.values()))[1]
+    size = LARGE if finest >= 4 else SMALL  # an encoder for small images has a fine first map, which is dear on large ones
     if frozen:
         freeze(net)
     body, maps, anchors, box = (_pyramid if neck == "fpn" else _c4)(net, stages, size, classes + 1)
@@ -92,14 +93,25 @@ def build_detector(
     if kind == "masks":
         last = size.mask_layers[-1]
         head, predictor = MaskRCNNHeads(body.out_channels, size.mask_layers, 1), MaskRCNNPredictor(last, last, classes + 1)
-        return MaskRCNN(body, mask_roi_pool=pool, mask_head=head, mask_predictor=predictor, **common)
-    if kind == "keypoints":
+        model = MaskRCNN(body, mask_roi_pool=pool, mask_head=head, mask_predictor=predictor, **common)
+    elif kind == "keypoints":
         head = KeypointRCNNHeads(body.out_channels, size.keypoint_layers)
         predictor = KeypointRCNNPredictor(size.keypoint_layers[-1], keypoints)
-        return KeypointRCNN(
+        model = KeypointRCNN(
             body, num_keypoints=None, keypoint_roi_pool=pool, keypoint_head=head, keypoint_predictor=predictor, **common
         )
-    return FasterRCNN(body, **common)
+    else:
+        model = FasterRCNN(body, **common)
+    heads = model.roi_heads
+    for predictor in (model.rpn.head, heads.box_predictor, heads.mask_predictor, heads.keypoint_predictor):
+        if predictor is not None:
+            predictor.register_forward_hook(_in_float32)
+    return model
+
+
+def _in_float32(_module: nn.Module, _inputs: tuple, output):
+    """What layers in bfloat16 say of places becomes float32: torchvision brings boxes to its format, and rounds them by it."""
+    return output.float() if isinstance(output, Tensor) else type(output)(_in_float32(_module, _inputs, o) for o in output)
 
 
 def _pyramid(net: nn.Sequential, stages: OrderedDict, size: Size, outputs: int) -> tuple[nn.Module, list, nn.Module, dict]:
@@ -144,6 +156,9 @@ def average_precision(pairs: Iterable[tuple[dict, dict]], kinds: list[Kind]) -> 
 
     Returns:
         ``ap_boxes``, ``ap50_boxes``, ``ap75_boxes``, and so for each kind.
+
+    Raises:
+        DataError: there is nothing to judge.
     """
     truth, found = _coco_records(pairs, kinds)
     results = {}
@@ -160,6 +175,8 @@ def average_precision(pairs: Iterable[tuple[dict, dict]], kinds: list[Kind]) -> 
                 judge.accumulate()
                 judge.summarize()
             figures = judge.stats[:3] if found else (0.0, 0.0, 0.0)
+            if figures[0] < 0:
+                raise DataError(f"the test images have no {kind} to judge by: add some")
             results |= {f"{name}_{kind}": 100 * float(v) for name, v in zip(("ap", "ap50", "ap75"), figures, strict=True)}
     return results
 
@@ -179,6 +196,8 @@ def _coco_records(pairs: Iterable[tuple[dict, dict]], kinds: list[Kind]) -> tupl
         images.append({"id": number, "height": height, "width": width})
         for record in _objects(target, kinds):
             crowd, area = int(target["iscrowd"][record["row"]]), float(target["area"][record["row"]])
+            if crowd == DIFFICULT:  # not judged either, but only a box that fits it is forgiven: of no size that COCO judges
+                crowd, area = 0, 1e11
             annotations.append({**record, "id": len(annotations) + 1, "image_id": number, "iscrowd": crowd, "area": area})
         scores = answer["scores"].tolist()
         found += [{**record, "image_id": number, "score": scores[record["row"]]} for record in _objects(answer, kinds)]

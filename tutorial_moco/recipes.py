@@ -100,6 +100,10 @@ class Recipe:
         return cls(**json.loads(text))
 
 
+# How a transformer of any start is trained, for 32 pixels and batches of some hundred.
+TRANSFORMER = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1}
+
+
 def flag(field: str) -> str:
     """The command line's name of a field: ``batch_size`` is ``--batch-size``."""
     return "--" + field.replace("_", "-")

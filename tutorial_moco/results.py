@@ -55,13 +55,13 @@ def load_rows(experiment: str | None = None, scale: str = "cpu", path: Path | No
 
     Args:
         experiment: only the rows of this one, such as ``K``; all if None.
-        scale: ``cpu`` (small encoder) or ``gpu`` (ResNet-18); they don't belong in one curve.
+        scale: ``cpu`` (small encoder) or ``gpu`` (ResNet-18), which don't belong in one curve; or ``transfer``, other tasks.
         path: another file; by default ``data/study-SCALE.jsonl`` of this checkout, else of the folder one works in.
 
     Raises:
         DataError: there is no such file, or a line of it is no row.
     """
-    path = path or find(f"study-{scale}.jsonl", "study")
+    path = path or find(f"study-{scale}.jsonl", "transfer" if scale == "transfer" else "study")
     try:
         *lines, torn = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

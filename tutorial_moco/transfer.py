@@ -3,8 +3,10 @@
 The paper's point (section 4.2). Whatever the start, the task's recipe is the same, so that only the start is compared.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal
 
@@ -22,13 +24,14 @@ from tutorial_moco.evaluate import extract_features, linear_probe, linear_top1
 from tutorial_moco.images import ImageSet
 from tutorial_moco.pretrain import load_encoder
 from tutorial_moco.randomness import permutation
-from tutorial_moco.recipes import RECIPES, Recipe
+from tutorial_moco.recipes import RECIPES, TRANSFORMER, Recipe
 from tutorial_moco.results import find
 from tutorial_moco.segmentation import Segmenter, mean_iou
 from tutorial_moco.speed import choose_precision, default_device
 from tutorial_moco.supervised import begin_with_probe, classifier, top1, train_classifier
 
 FRESH = "none"  # in place of a checkpoint
+SEEN = 64  # batches that the BatchNorm of fresh weights sees
 FEW = 5_000_003  # keeps the draw of labelled images apart from the orders of epochs
 # How each task is trained at classroom scale: epochs for all images, batch, learning rate. How they were chosen: docs/LOG.md.
 SETTINGS = {"classify": (5, 64, 0.1), "detect": (8, 8, 0.02), "keypoints": (8, 8, 0.02), "segment": (16, 8, 0.2)}
@@ -50,7 +53,8 @@ def load_start(checkpoint: str | Path, images: Tensor, *, encoder: str = "small"
 
     Args:
         checkpoint: the file of a run, or ``none``. images: float32 (n, 3, H, W), normalised, for a fresh encoder's first layer.
-        encoder: which, if fresh; a checkpoint knows its own. seed: of the fresh weights.
+        encoder: which, if fresh; a checkpoint knows its own. seed: of the fresh weights. Their BatchNorm then sees the images,
+            as any trained one's has: else frozen features would be of another scale at each layer.
 
     Raises:
         DataError: the file is missing, damaged or no checkpoint.
@@ -59,6 +63,9 @@ def load_start(checkpoint: str | Path, images: Tensor, *, encoder: str = "small"
         recipe = RECIPES["small"].replace(encoder=encoder, seed=seed)
         torch.manual_seed(seed)
         made = build_encoder(encoder, images=images)
+        with torch.no_grad():
+            for part in islice(cycle(images.split(128)), SEEN):
+                made(part)
         return Start(FRESH, made.backbone, made.feature_dim, recipe)
     made, recipe, state = load_encoder(Path(checkpoint))
     return Start(str(checkpoint), made.backbone, made.feature_dim, recipe, state["step"])
@@ -110,9 +117,9 @@ def classify(
     views = RECIPES[
         "shapes" if train.name == "shapes" else "small"
     ].augmentation  # of the task, whatever the start was trained on
-    step = lr or (usual[2] if start.recipe.optimizer == "sgd" else start.recipe.lr)  # a transformer keeps its optimizer
-    how = {"epochs": passes, "batch_size": batch, "lr": step, "warmup": 0.1, "seed": seed, "augmentation": views}
-    recipe = start.recipe.replace(**how, schedule="cosine")
+    usually = TRANSFORMER if start.recipe.encoder.startswith("vit") else {"lr": usual[2], "warmup": 0.1}
+    how = {"epochs": passes, "batch_size": batch, "seed": seed, "augmentation": views, **usually, **({"lr": lr} if lr else {})}
+    recipe = Recipe(encoder=start.recipe.encoder, **how)  # of the start only what it is, not how it was trained
     torch.manual_seed(seed)
     net = classifier(deepcopy(start.backbone).to(device), start.feature_dim, len(train.classes)).train()
     if known is not None:
@@ -139,7 +146,7 @@ class Trained:
 def build(backbone: nn.Module, task: str, classes: int, *, kind: str = "", **how) -> nn.Module:
     """A fresh model of a dense task around a copy of the backbone: `detection.build_detector` or `segmentation.Segmenter`."""
     if task == "segment":
-        return Segmenter(backbone, classes, frozen=how.get("frozen", False))
+        return Segmenter(backbone, classes, **how)
     return build_detector(backbone, kind, classes, **how)
 
 
@@ -169,7 +176,7 @@ def load_trained(path: Path) -> tuple[nn.Module, dict[str, object]]:
     if "how" not in facts:
         raise DataError(f"{path} holds no model of a dense task: give one that transfer wrote")
     how = dict(facts["how"])
-    model = build(build_encoder(how.pop("encoder")).backbone, **how)
+    model = build(build_encoder(how.pop("encoder"), norm=how.pop("norm", "batch")).backbone, **how)
     unpack({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, model=model)
     return model.eval(), facts
 
@@ -187,14 +194,17 @@ def dense(
     image_size: int | None = None,
     frozen: bool = False,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    keep: Callable[[Trained], None] = lambda trained: None,
     progress: bool = True,
 ) -> Trained:
     """Train a detector or a segmenter from this start, and judge it on all test images.
 
     Args:
         task: ``detect`` (boxes, and masks where the data has them), ``keypoints`` (and boxes) or ``segment``.
-        epochs, batch_size, lr: ``SETTINGS`` if None. Others as for `detection.build_detector`.
+        epochs, batch_size, lr: ``SETTINGS`` if None. dtype: number format of the layers; measured and chosen if None.
+        keep: is given the trained model before it is judged, so that nothing that fails then can lose it.
+        Others as for `detection.build_detector`.
 
     Returns:
         with ``ap_boxes``, ``ap50_boxes``, ``ap75_boxes``, and so for masks and keypoints; or ``miou``; in percent.
@@ -202,17 +212,21 @@ def dense(
     usual = SETTINGS[task]
     epochs, batch_size, lr = epochs or usual[0], batch_size or usual[1], lr or usual[2]
     kinds = {"detect": ["boxes", "masks"] if train.has_masks else ["boxes"], "keypoints": ["boxes", "keypoints"], "segment": []}
-    how = {"task": task, "classes": len(train.classes), "frozen": frozen}
+    how = {"task": task, "classes": len(train.classes), "frozen": frozen, "image_size": image_size}
     if task != "segment":
-        how |= {"kind": kinds[task][-1], "keypoints": len(train.keypoints), "neck": neck, "image_size": image_size}
+        how |= {"kind": kinds[task][-1], "keypoints": len(train.keypoints), "neck": neck}
     torch.manual_seed(seed)
     model = build(start.backbone, **how)
     device = default_device()
+    dtype = dtype or choose_precision(start.backbone.to(device), torch.zeros(batch_size, 3, 96, 96, device=device))
     seconds = fit(
         model, Batches(train, batch_size, seed), epochs=epochs, lr=lr, device=device, dtype=dtype, title=task, progress=progress
     )
-    pairs = answers(model, test, device=device, dtype=dtype, progress=progress)
+    encoder = {"encoder": start.recipe.encoder, "norm": start.recipe.norm}
+    trained = Trained(model, encoder | how, {}, round(seconds, 1), dtype)
+    keep(trained)
+    pairs = answers(model, test, device=device, dtype=dtype, batch_size=batch_size, progress=progress)
     result = (
         {"miou": mean_iou(pairs, len(train.classes))} if task == "segment" else average_precision(pairs, kinds[task])
     )  # fmt: skip
-    return Trained(model, {"encoder": start.recipe.encoder, **how}, result, round(seconds, 1), dtype)
+    return replace(trained, result=result)

@@ -2,19 +2,25 @@
 
 import itertools
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import center_crop
 
 from tutorial_moco import transfer_figures
 from tutorial_moco.annotated import Annotated
 from tutorial_moco.augment import plain_view
-from tutorial_moco.dense import answers
+from tutorial_moco.dense import answers, trunk
+from tutorial_moco.detection import SMALL
 from tutorial_moco.figures import CLASS_COLOURS
 from tutorial_moco.files import write_whole
 from tutorial_moco.images import ImageSet
 from tutorial_moco.provenance import provenance
+from tutorial_moco.randomness import permutation
 from tutorial_moco.report import Picture, text_table, write_report
 from tutorial_moco.results import mean_and_interval
 from tutorial_moco.speed import default_device
@@ -28,21 +34,25 @@ NAMES = {
 }  # fmt: skip
 
 
+Load = Callable[[str, int], Start]  # the start of a name; the weights of a fresh one are drawn by the seed
+
+
 def transfer_classify(
-    starts: list[Start], train: ImageSet, test: ImageSet, shares: tuple[float, ...], seeds: int, out: Path, **how
+    names: list[str], load: Load, train: ImageSet, test: ImageSet, shares: tuple[float, ...], seeds: int, out: Path, **how
 ) -> dict[str, object]:
     """Each start with each share of the labels, linear and fine-tuned; writes ``out/report.html`` and ``out/result.json``.
 
     Args:
-        how: ``epochs`` and ``lr`` of fine-tuning, as for `transfer.classify`.
+        names: of the starts. how: ``epochs`` and ``lr`` of fine-tuning, as for `transfer.classify`.
     """
-    rows = []
-    for start, share, seed in itertools.product(starts, shares, range(seeds)):
-        row = {"start": start.name, "share": share, "seed": seed}
+    rows, facts, starts = [], provenance(train, default_device()), [load(name, 0) for name in names]
+    for start in starts:  # one that cannot take these images is told before any is trained
+        start.backbone.eval()(plain_view(train.images[:1]))
+    for name, share, seed in itertools.product(names, shares, range(seeds)):
+        start, row = load(name, seed), {"start": name, "share": share, "seed": seed}
         for kind in ("linear", "fine_tuned"):
             row |= classify(start, train, test, share=share, how=kind, seed=seed, **how)
-        rows.append(row)
-        print(_line(row), flush=True)
+        _add(rows, row, facts, out)
     table = _table(rows, ("start", "labels"), ("linear_top1", "fine_tuned_top1"))
     looks = _looks(starts)
     pictures = [
@@ -55,25 +65,29 @@ def transfer_classify(
         for heading, field in (("A linear classifier", "linear_top1"), ("Fine-tuned", "fine_tuned_top1"))
     ]
     lead = f"Images of {train.name}, classified with some of the labels; all {len(test):,} {test.split} images are judged."
-    return _finish(out, f"Few labels on {train.name}", lead, table, pictures, rows, provenance(train, default_device()))
+    return _finish(out, f"Few labels on {train.name}", lead, table, pictures, rows, facts)
 
 
 def transfer_dense(
-    starts: list[Start], task: str, train: Annotated, test: Annotated, seeds: int, out: Path, **how
+    names: list[str], load: Load, task: str, train: Annotated, test: Annotated, seeds: int, out: Path, **how
 ) -> dict[str, object]:
     """Each start trained on the task; writes ``out/report.html``, ``out/result.json`` and the models.
 
     Args:
-        task: ``detect``, ``keypoints`` or ``segment``. how: as for `transfer.dense`.
+        names: of the starts. task: ``detect``, ``keypoints`` or ``segment``. how: as for `transfer.dense`.
     """
-    rows, drawn = [], {}
+    rows, drawn, facts, starts = [], {}, provenance(train, default_device()), [load(name, 0) for name in names]
+    for start in starts:  # one that has no maps is told before any is trained
+        trunk(start.backbone)
     images, targets = zip(*(test[i] for i in range(min(SHOWN, len(test)))), strict=True)
-    for start, seed in itertools.product(starts, range(seeds)):
-        trained = dense(start, task, train, test, seed=seed, **how)
-        rows.append({"start": start.name, "task": task, "seed": seed, **trained.result, "seconds": trained.seconds})
-        print(_line(rows[-1]), flush=True)
-        drawn.setdefault(start.name, first_answers(trained, test))
-        save_trained(out / f"model-{len(rows)}.safetensors", trained, provenance(train, default_device()) | rows[-1])
+    for name, seed in itertools.product(names, range(seeds)):
+        model, row = out / f"model-{len(rows) + 1}.safetensors", {"start": name, "task": task, "seed": seed}
+        keep = partial(save_trained, model, facts=facts | row)
+        trained = dense(load(name, seed), task, train, test, seed=seed, keep=keep, **how)
+        row |= {**trained.result, "seconds": trained.seconds}
+        save_trained(model, trained, facts | row)
+        drawn.setdefault(name, first_answers(trained, test))
+        _add(rows, row, facts, out)
     fields = tuple(name for name in rows[0] if name in NAMES)
     titles = _looks(starts)[1]
     draw = transfer_figures.segmentations if task == "segment" else transfer_figures.detections
@@ -90,7 +104,7 @@ def transfer_dense(
         + ("mIoU: mean over classes and ground." if task == "segment" else "AP as COCO counts it: mean over IoU .50 to .95.")
     )  # fmt: skip
     table = _table(rows, ("start",), fields)
-    return _finish(out, f"{task} on {train.name}", lead, table, pictures, rows, provenance(train, default_device()))
+    return _finish(out, f"{task} on {train.name}", lead, table, pictures, rows, facts)
 
 
 def first_answers(trained: Trained, test: Annotated) -> list[dict[str, Tensor]]:
@@ -101,18 +115,28 @@ def first_answers(trained: Trained, test: Annotated) -> list[dict[str, Tensor]]:
     return [answer for _, answer in pairs]
 
 
-def sample(data: ImageSet | Annotated, most: int = 2000, side: int = 32) -> Tensor:
-    """Images for the first layer of a fresh encoder: float32 (n, 3, side, side) or as large as they are, normalised."""
+def sample(data: ImageSet | Annotated, image_size: int | None = None) -> Tensor:
+    """Training images for a fresh encoder to see: float32 (n, 3, H, W), normalised.
+
+    Of annotated images the middles, after the shorter side was brought to ``image_size`` (96 if None), as a detector does.
+    """
+    order = permutation(len(data), 0)
     if isinstance(data, ImageSet):
-        return plain_view(data.images[:most])
-    crops = [image[:, :side, :side] for image, _ in map(data.__getitem__, range(min(most, len(data))))]
-    return plain_view(torch.stack([crop for crop in crops if crop.shape[-2:] == (side, side)]))
+        return plain_view(data.images[order[:2000]])
+    side, pixels = image_size or SMALL.image[0], []
+    for i in order[:200].tolist():
+        image = data[i][0][None].float()
+        scale = side / min(image.shape[-2:])
+        size = [max(side, round(scale * length)) for length in image.shape[-2:]]
+        pixels.append(center_crop(F.interpolate(image, size=size, mode="bilinear", antialias=True), [side, side]))
+    return plain_view(torch.cat(pixels).round().clamp(0, 255).to(torch.uint8))
 
 
 def _looks(starts: list[Start]) -> tuple[dict[str, str], dict[str, str]]:
-    """A colour and a title for each start."""
+    """A colour and a title for each start; starts whose titles are the same go by their whole names."""
     colours = {start.name: colour for start, colour in zip(starts, itertools.cycle(CLASS_COLOURS))}
-    return colours, {start.name: title(start) for start in starts}
+    titles = [title(start) for start in starts]
+    return colours, {s.name: t if titles.count(t) == 1 else s.name for s, t in zip(starts, titles, strict=True)}
 
 
 def title(start: Start) -> str:
@@ -144,13 +168,18 @@ def _line(row: dict) -> str:
     return f"{row['start']}, {which}seed {row['seed']}: {', '.join(told)}"
 
 
+def _add(rows: list[dict], row: dict, facts: dict, out: Path) -> None:
+    """A row is printed, and written at once: what comes after may take hours, and fail."""
+    rows.append(row)
+    print(_line(row), flush=True)
+    write_whole(out / "result.json", (json.dumps({**facts, "results": rows}, indent=1) + "\n").encode())
+
+
 def _finish(
     out: Path, heading: str, lead: str, table: list[list[str]], pictures: list[Picture], rows: list[dict], facts: dict
 ) -> dict[str, object]:
-    """Print the table, write the report and the rows."""
+    """Print the table and write the report."""
     print(text_table(table))
     write_report(out / "report.html", heading, lead, table, pictures, facts)
-    result = {**facts, "results": rows}
-    write_whole(out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     print(f"\nreport: {out / 'report.html'}")
-    return result
+    return {**facts, "results": rows}

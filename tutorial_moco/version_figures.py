@@ -55,7 +55,7 @@ KIN: dict[str, Callable[[dict], bool]] = {
     "MoCo v3, transformer, patches learned": lambda row: (row["mechanism"], row["encoder"]) == ("moco_v3", "vit-learned"),
     "MoCo v3, transformer, patches fixed": lambda row: (row["mechanism"], row["encoder"]) == ("moco_v3", "vit"),
     "with labels, transformer": lambda row: row["kind"] == "supervised",
-    "MoCo v3": lambda row: (row["mechanism"], row["encoder"][:3]) == ("moco_v3", "sma"),
+    "MoCo v3": lambda row: row["mechanism"] == "moco_v3" and not row["encoder"].startswith("vit"),
     "SimCLR": lambda row: row["mechanism"] == "simclr",
     "MoCo v2": lambda row: v2_setting(row, row["epochs"]) == "+ cosine (v2)",
 }
