@@ -31,6 +31,7 @@ from tutorial_moco.speed import choose_precision, default_device
 from tutorial_moco.supervised import begin_with_probe, classifier, top1, train_classifier
 
 FRESH = "none"  # in place of a checkpoint
+VIEWS = {"shapes": "shapes", "digits": "none"}  # of fine-tuning, where not photographs': a mirrored digit is another sign
 SEEN = 64  # batches that the BatchNorm of fresh weights sees
 FEW = 5_000_003  # keeps the draw of labelled images apart from the orders of epochs
 # How each task is trained at classroom scale: epochs for all images, batch, learning rate. How they were chosen: docs/LOG.md.
@@ -114,9 +115,7 @@ def classify(
         return {"labels": len(part), "linear_top1": linear_top1(known, part.labels, asked, test.labels)}
     usual = SETTINGS["classify"]
     passes, batch = round((epochs or usual[0]) / share**0.5), min(batch_size or usual[1], len(part))
-    views = RECIPES[
-        "shapes" if train.name == "shapes" else "small"
-    ].augmentation  # of the task, whatever the start was trained on
+    views = VIEWS.get(train.name, "small")  # of the task, whatever the start was trained on
     usually = TRANSFORMER if start.recipe.encoder.startswith("vit") else {"lr": usual[2], "warmup": 0.1}
     how = {"epochs": passes, "batch_size": batch, "seed": seed, "augmentation": views, **usually, **({"lr": lr} if lr else {})}
     recipe = Recipe(encoder=start.recipe.encoder, **how)  # of the start only what it is, not how it was trained
