@@ -141,7 +141,11 @@ def by_painting(flags: Flags, recipe: Recipe, train: ImageSet, device: torch.dev
     run.mechanism.encoder, painter, found = pretrain_masked(recipe, train, progress=False)
     run.step, run.seconds = found["steps"], found["train_seconds"]
     if recipe.seed == 0:
-        facts = provenance(train, device) | {"epochs": recipe.epochs, "final_loss": found["losses"][-1]["loss"]}
+        facts = provenance(train, device) | {
+            "seed": recipe.seed,
+            "epochs": recipe.epochs,
+            "final_loss": found["losses"][-1]["loss"],
+        }
         save_painter(flags.out / "painter.safetensors", painter, facts)
     return run
 

@@ -20,6 +20,7 @@ from tutorial_moco.evaluate import linear_probe
 from tutorial_moco.images import ImageSet
 from tutorial_moco.masked import load_painter, mask_order
 from tutorial_moco.recipes import Recipe
+from tutorial_moco.results import provenance_line
 from tutorial_moco.segmentation import Segmenter, mean_iou
 from tutorial_moco.shapes import SHAPE_CLASSES, draw_shapes
 from tutorial_moco.supervised import begin_with_probe
@@ -407,6 +408,7 @@ def test_photographs_have_transformers_too_and_the_painter_is_kept(tmp_path, mon
     assert all(0 <= row["linear_top1"] <= 100 for row in rows)
     net, facts = load_painter(tmp_path / "painter.safetensors")
     order = mask_order(torch.arange(2), net.patches, seed=0, epoch=0)
+    assert provenance_line([facts])
     loss = net.loss(plain_view(shapes(2, 0, "test").images), order)
     assert loss.item() == pytest.approx(facts["final_loss"], abs=0.3)
 

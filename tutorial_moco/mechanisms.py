@@ -228,7 +228,8 @@ class MoCoV3(Mechanism):
     """MoCo v3 (arXiv 2104.02057, algorithm 1): no queue. The negatives are the batch's other keys, made by the slow encoder;
     the queries go through one network more, the predictor, which has no slow copy; each view is query once and key once.
 
-    The published loss is this one times 2 * temperature, which only scales the learning rate, and m there rises to 1.
+    The published loss adds both directions and multiplies by 2 * temperature: this one times 4 * temperature, which with SGD
+    only scales the learning rate. And m there rises to 1.
     """
 
     def __init__(self, encoder: Encoder, m: float = 0.99):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from tutorial_moco.figures import COLOURS, denormalise, figure
+from tutorial_moco.figures import COLOURS, bare, denormalise, figure
 from tutorial_moco.masked import MaskedAutoencoder
 from tutorial_moco.results import mean_and_interval, values
 
@@ -105,7 +105,7 @@ def trade_off(rows: Sequence[dict]) -> Figure:
 def schedules(curves: dict[str, Sequence[float]]) -> Figure:
     """Learning rates over the share of the training that is done, a line for each."""
     fig = figure(5.6, 2.6)
-    axes = fig.add_subplot(xlabel="share of the training", ylabel="learning rate, of the first")
+    axes = fig.add_subplot(xlabel="share of the training", ylabel="learning rate / first rate")
     for (name, rates), style in zip(curves.items(), ("-", "--", ":"), strict=False):
         axes.plot([i / (len(rates) - 1) for i in range(len(rates))], rates, style, label=name, color="#0072B2")
     axes.legend(frameon=False, fontsize=8)
@@ -138,8 +138,8 @@ def painted(net: MaskedAutoencoder, views: Tensor, order: Tensor) -> Figure:
     seen = torch.zeros(order.shape, dtype=torch.bool).scatter(1, order[:, : net.seen], True)[:, :, None]
     rows = torch.cat([patches, patches.where(seen, 0.0), patches.where(seen, guess)])
     sheet = make_grid(denormalise(net.unpatchify(rows)), nrow=n, padding=GAP, pad_value=1.0)
-    fig = figure(n + 0.6, 3.2)
-    axes = fig.add_subplot()
+    fig = bare(n + 0.7, 3.2)
+    axes = fig.add_axes((0.7 / (n + 0.7), 0.0, n / (n + 0.7), 1.0))
     axes.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
     middles = [GAP + height / 2 + row * (height + GAP) for row in range(3)]
     axes.set(xticks=[], yticks=middles, yticklabels=["image", "seen", "painted"])
