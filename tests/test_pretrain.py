@@ -13,7 +13,7 @@ from tutorial_moco import mechanisms
 from tutorial_moco import pretrain as training
 from tutorial_moco.augment import plain_view
 from tutorial_moco.checkpoint import load_checkpoint, pack
-from tutorial_moco.errors import UsageError
+from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.images import ImageSet
 from tutorial_moco.losses import pretext_accuracy
 from tutorial_moco.recipes import RECIPES, Recipe
@@ -307,6 +307,27 @@ def test_an_interrupted_runs_loss_curve_is_the_uninterrupted_ones(tmp_path, monk
     assert [point["step"] for point in again.losses] == [point["step"] for point in whole.losses]
     for field in ("loss", "pretext_accuracy", "filled", "K"):
         assert [point[field] for point in again.losses] == [point[field] for point in whole.losses], field
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    recipe, test = BASE.replace(epochs=4), random_images(20, seed=1, split="test")
+    whole = train(recipe, test=test, monitor=4)
+    with monkeypatch.context() as patch:
+        crash_at(patch, step=10)
+        with pytest.raises(Crash):
+            train(recipe, test=test, monitor=4, out=tmp_path)
+    last, before = (tmp_path / name for name in ("checkpoint.safetensors", "checkpoint-previous.safetensors"))
+    assert [load_checkpoint(path)[1]["step"] for path in (last, before)] == [8, 4]
+    last.write_bytes(last.read_bytes()[:-1] + b"x")
+    again = train(recipe, test=test, monitor=4, out=tmp_path)
+    told = capsys.readouterr().err
+    assert f"warning: {last} is damaged" in told
+    assert "going on from step 4" in told
+    assert_equal_bit_by_bit(again, whole)
+    for path in (last, before):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match="checkpoint-previous"):
+        train(recipe, test=test, monitor=4, out=tmp_path)
 
 
 def test_a_finished_run_started_again_stays_as_it_is(tmp_path):

@@ -1,6 +1,11 @@
-"""Checkpoints: one safetensors file with every tensor of a run and its settings and counters as JSON. No pickle."""
+"""Checkpoints: one safetensors file with every tensor of a run and its settings and counters as JSON. No pickle.
 
+A seal in the file's header, the SHA-256 of all its other bytes, is looked at before anything is parsed.
+"""
+
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -11,17 +16,31 @@ from torch import Tensor, nn
 from tutorial_moco.errors import DataError
 from tutorial_moco.files import write_whole
 
-_FORMAT = "tutorial_moco checkpoint 1"
+_FORMAT, _UNSEALED = "tutorial_moco checkpoint 2", "tutorial_moco checkpoint 1"
+_SEAL, _BLANK = re.compile(rb'"sha256":"([0-9a-f]{64})"'), b"0" * 64
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself allows
+PREVIOUS = "-previous"  # in the name of the checkpoint before
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, object]) -> None:
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, object], *, keep_previous: bool = False) -> None:
     """Write tensors and JSON-able state, in one move.
+
+    Args:
+        keep_previous: the file that was there stays, as `previous_of` names it.
 
     Raises:
         DataError: the disk refused; the message names the path.
     """
-    data = save({name: t.detach().contiguous() for name, t in tensors.items()}, {"format": _FORMAT, "state": json.dumps(state)})
-    write_whole(path, data)
+    about = {"format": _FORMAT, "state": json.dumps(state), "sha256": _BLANK.decode()}
+    data = bytearray(save({name: t.detach().contiguous() for name, t in tensors.items()}, about))
+    place = _SEAL.search(data, 8, 8 + _header_bytes(data)).start(1)
+    data[place : place + 64] = hashlib.sha256(data).hexdigest().encode()
+    write_whole(path, bytes(data), previous_of(path) if keep_previous else None)
+
+
+def previous_of(path: Path) -> Path:
+    """``checkpoint-previous.safetensors`` of ``checkpoint.safetensors``."""
+    return path.with_stem(path.stem + PREVIOUS)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -31,16 +50,42 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         DataError: no such file, or not one of ours, or damaged.
     """
     try:
+        _verify(path)
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: give the checkpoint.safetensors of a run") from error
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} is damaged or is no checkpoint ({error}): use another one") from error
-    if metadata.get("format") != _FORMAT:
-        raise DataError(f"{path} is not a checkpoint of this package: give the checkpoint.safetensors of a run")
     return tensors, json.loads(metadata["state"])
+
+
+def _header_bytes(start: bytes) -> int:
+    """The length of a safetensors header, which its first eight bytes tell."""
+    return int.from_bytes(start[:8], "little")
+
+
+def _verify(path: Path) -> None:
+    """See to it that the bytes are those that were sealed. Files of the first format have no seal, and are believed.
+
+    Raises:
+        OSError: they are not. DataError: neither a seal nor the name of a format is in the header.
+    """
+    with open(path, "rb") as file:
+        start = file.read(8)
+        header = bytearray(file.read(min(_header_bytes(start), _LONGEST_HEADER)))
+        seal = _SEAL.search(header)
+        if seal is None and _UNSEALED.encode() in header:
+            return
+        if seal is None:
+            raise DataError(f"{path} is not a checkpoint of this package, or damaged: give the checkpoint.safetensors of a run")
+        told, header[slice(*seal.span(1))] = seal[1], _BLANK
+        digest = hashlib.sha256(start + header)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest().encode() != told:
+        raise OSError("its bytes are not those that were written")
 
 
 def pack(**parts: nn.Module | torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tutorial_moco.augment import AUGMENTATIONS, RecordedViews, plain_view, two_views
-from tutorial_moco.checkpoint import load_checkpoint, pack, save_checkpoint, unpack
+from tutorial_moco.checkpoint import load_checkpoint, pack, previous_of, save_checkpoint, unpack
 from tutorial_moco.encoders import Encoder, build_encoder
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1, notebooks_knn_top1
@@ -111,7 +111,7 @@ def pretrain(
     keep_freed_memory()
     reset_peak_memory(device)
     run = start(recipe, train, device, dtype, compile=compile)
-    if out is not None and (out / "checkpoint.safetensors").exists():
+    if out is not None:
         resume(run, out)
     images = train.images.to(device)
     steps_of_epoch = len(train) // recipe.batch_size
@@ -310,14 +310,15 @@ def build_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
 
 
 def save_run(run: Run, out: Path) -> None:
-    """Everything that going on needs, into ``out/checkpoint.safetensors``."""
+    """Everything that going on needs, into ``out/checkpoint.safetensors``; the one before stays beside it."""
     state = {
         "recipe": run.recipe.to_json(), "dtype": str(run.dtype).removeprefix("torch."), "step": run.step,
         "seconds": run.seconds, "window": run.window, "losses": run.losses, "monitor": run.monitor,
         "data_hash": run.data_hash,
         "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes(run.device)),
     }  # fmt: skip
-    save_checkpoint(out / "checkpoint.safetensors", pack(mechanism=run.mechanism, optimizer=run.optimizer), state)
+    tensors = pack(mechanism=run.mechanism, optimizer=run.optimizer)
+    save_checkpoint(out / "checkpoint.safetensors", tensors, state, keep_previous=True)
 
 
 def load_encoder(path: Path) -> tuple[Encoder, Recipe, dict[str, object]]:
@@ -336,8 +337,14 @@ def load_encoder(path: Path) -> tuple[Encoder, Recipe, dict[str, object]]:
 
 
 def resume(run: Run, out: Path) -> None:
-    """Bring a fresh run to where ``out`` left off: encoders, queue, pointer, optimizer, step and records."""
-    tensors, state = load_checkpoint(out / "checkpoint.safetensors")
+    """Bring a fresh run to where ``out`` left off: encoders, queue, pointer, optimizer, step and records.
+
+    From the last checkpoint, or if that is damaged from the one before; with none there the run stays at its start.
+    """
+    found = last_checkpoint(out / "checkpoint.safetensors")
+    if found is None:
+        return
+    tensors, state = found
     before = Recipe.from_json(state["recipe"])
     if before != run.recipe:
         changed = [f"{n} {v} there" for n, v in vars(before).items() if v != getattr(run.recipe, n)]
@@ -349,6 +356,23 @@ def resume(run: Run, out: Path) -> None:
     for name in ("step", "seconds", "window", "losses", "monitor", "peak_memory_bytes"):
         setattr(run, name, state[name])
     print(f"going on from step {run.step:,} in {out}", file=sys.stderr)
+
+
+def last_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, object]] | None:
+    """What a checkpoint holds, or if it is damaged the one before it, with a warning; None if there is neither.
+
+    Raises:
+        DataError: all that are there are damaged.
+    """
+    there = [file for file in (path, previous_of(path)) if file.exists()]
+    for file in there:
+        try:
+            return load_checkpoint(file)
+        except DataError as error:
+            if file == there[-1]:
+                raise
+            print(f"warning: {error}; the one before it is taken", file=sys.stderr)
+    return None
 
 
 # Watching ------------------------------------------------------------------------------------------------------------
