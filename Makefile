@@ -1,5 +1,6 @@
 # make demo   set up and run the main job: three mechanisms side by side on drawn images, and a report
 # make test   set up and run every test
+# make faults set up and try the promises about files and stops at their full counts: kills, full disks, flipped bytes
 # make lab    set up and open JupyterLab
 # make notebooks  run the chapters and write their outputs
 # make book   make the chapters, with the outputs they have, a book: build/book/html/index.html
@@ -12,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OFFLINE := PYTHONPATH=$(CURDIR)/tests/offline TUTORIAL_MOCO_DATA=shapes
-.PHONY: demo test lab bench study figures notebooks book slides classroom lint clean
+.PHONY: demo test faults lab bench study figures notebooks book slides classroom lint clean
 
 demo: $(VENV)/ready-demo
 	$(BIN)/tutorial-moco compare --data shapes --minutes 0.8
@@ -21,6 +22,9 @@ test: $(VENV)/ready-test lint
 	$(BIN)/python -m pytest
 	$(OFFLINE) $(BIN)/python tests/solved.py build/solved
 	$(OFFLINE) $(BIN)/python -m pytest --nbval build/solved
+
+faults: $(VENV)/ready-test
+	TUTORIAL_MOCO_FAULTS=1 $(BIN)/python -m pytest tests/faults
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

@@ -32,8 +32,10 @@ from tutorial_moco.speed import (
     reset_peak_memory,
     synchronize,
 )
+from tutorial_moco.stopping import Stop
 
 STEPS = (0.6, 0.8)  # of the training, where the paper's schedule takes a tenth: epochs 120 and 160 of 200
+SAVE_EVERY = 600  # seconds, beside the saves at each reading of the kNN
 LOG_EVERY = 10  # steps between two points of the loss curve
 MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000  # images of the quick kNN during training
 
@@ -105,6 +107,7 @@ def pretrain(
     Raises:
         UsageError: fewer images than a batch; K or minutes out of range; ``out`` holds a run of another recipe; the loss
             is not finite any more.
+        KeyboardInterrupt, SystemExit: stopped by Ctrl-C or SIGTERM, after the step at hand is finished and saved.
     """
     check(recipe, len(train), minutes)
     device = device or default_device()
@@ -117,14 +120,17 @@ def pretrain(
     steps_of_epoch = len(train) // recipe.batch_size
     total = 60 * minutes if minutes else recipe.epochs * steps_of_epoch
     moments = [(i + 1) / monitor for i in range(monitor)] if isinstance(monitor, int) else [e / recipe.epochs for e in monitor]
-    with progress_bar(run, total, bool(minutes), progress) as bar:
+    saved = time.monotonic()
+    with progress_bar(run, total, bool(minutes), progress) as bar, Stop() as stop:
         for epoch, index in batches(len(train), recipe, run.step, device):
             done = (run.seconds if minutes else run.step) / total
             if test is not None and len(run.monitor) < sum(done > moment - 1e-9 for moment in moments):
                 watch(run, train, test)
-                if out is not None:
-                    save_run(run, out)
-            if done >= 1:
+                saved = -math.inf
+            if out is not None and time.monotonic() - saved > SAVE_EVERY:
+                save_run(run, out)
+                saved = time.monotonic()
+            if done >= 1 or stop.caught:
                 break
             set_learning_rate(run.optimizer, recipe, done)
             start_time = time.perf_counter()
@@ -139,6 +145,9 @@ def pretrain(
     run.peak_memory_bytes = max(run.peak_memory_bytes, peak_memory_bytes(device))
     if out is not None:
         save_run(run, out)
+        if stop.caught:
+            print(f"\n{stop.caught.name}: step {run.step:,} is done and saved in {out}", file=sys.stderr)
+    stop.obey()
     return run
 
 
