@@ -33,7 +33,7 @@ from tutorial_moco.supervised import classifier, train_classifier
 from tutorial_moco.transfer import Start, classify, dense, load_start, save_trained
 
 STARTS = ("moco", "end_to_end", "memory_bank", "supervised", "untrained")
-TRANSFORMERS = ("moco_v3", "masked", "untrained")  # of photographs, judged by classification alone
+TRANSFORMERS = ("masked", "untrained", "moco_v3")  # of photographs, judged by classification alone
 SOURCES = ("shapes", "photographs")
 SHARES = (0.01, 0.1, 1.0)
 DENSE = ("detect", "segment", "keypoints")

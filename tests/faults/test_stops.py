@@ -1,4 +1,4 @@
-"""Trainings really killed and really stopped: the same command again ends in the same bits. `make faults` has the full counts."""
+"""Trainings killed and stopped for real: the same command again ends in the same bits. `make faults` has the full counts."""
 
 import os
 import random
