@@ -318,6 +318,49 @@ def test_no_permission_for_a_folder(tmp_path, monkeypatch):
         load(path)
 
 
+# ---- files that cannot be decoded
+
+
+def damaged_tree():
+    """Sound images in three classes, one of them written in another script, and files that are none."""
+    files = tree(train=4, test=2) | {f"train/ねこ/{i}.png": encode(picture(70 + i)) for i in range(3)}
+    whole = encode(picture(99))
+    bad = {
+        "train/cat/a cut off.png": whole[: len(whole) // 2], "train/cat/empty.png": b"", "train/dog/text.jpg": b"I am a text",
+        "test/dog/header.png": whole[:20], "train/ねこ/壊れた.png": whole[:-40],
+    }  # fmt: skip
+    return files, bad
+
+
+@pytest.mark.parametrize("size", [None, 20])
+def test_bad_images_are_skipped_if_asked_and_listed_and_the_rest_is_as_without_them(tmp_path, size, capsys):
+    files, bad = damaged_tree()
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    sound, mixed = make(tmp_path / "a", files), make(tmp_path / "b", files | bad)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        load(mixed, image_size=size)
+    for split in ("train", "test"):
+        expected, found = (load(path, split, image_size=size, on_bad_image="skip") for path in (sound, mixed))
+        assert found.hash == expected.hash
+        assert torch.equal(found.images, expected.images)
+        assert expected.skipped == ()
+        assert sorted(line.partition(" (")[0].removesuffix(" cannot be decoded") for line in found.skipped) == sorted(
+            name for name in bad if name.startswith(split)
+        )
+        assert load(mixed, split, image_size=size, on_bad_image="skip").skipped == found.skipped  # from the cache
+    assert "4 of its train files skipped: " in capsys.readouterr().err
+    with pytest.raises(DataError, match="cannot be decoded"):  # what was skipped once is no licence
+        load(mixed, image_size=size)
+
+
+def test_where_no_image_can_be_decoded_there_is_nothing_to_skip_to(tmp_path):
+    path = make(tmp_path, {f"train/{label}/{i}.png": b"no image" for label in "ab" for i in range(2)})
+    with pytest.raises(DataError, match="has no image that can be decoded"):
+        load(path, on_bad_image="skip")
+    with pytest.raises(UsageError, match="--on-bad-image must be raise or skip, not guess"):
+        load(path, on_bad_image="guess")
+
+
 # ---- unsafe and damaged archives
 
 

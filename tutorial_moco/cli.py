@@ -49,6 +49,8 @@ class DataFlags:
     """Images: shapes, digits, cifar10, cifar100, stl10, a folder split/class/image, or an archive of one."""
     image_size: int | None = None
     """Resize images to this many pixels a side; as they are if they are small and all alike, else 64."""
+    on_bad_image: Literal["raise", "skip"] = "raise"
+    """When a file of a folder or an archive cannot be decoded: end with its name, or leave it out and list it in the report."""
     hold_out: float = 0.0
     """Evaluate on this share of the training images in place of the test images: for choosing settings."""
     json: Path | None = None
@@ -326,11 +328,12 @@ def load(flags: DataFlags):
 
     if not 0 <= flags.hold_out < 1:
         raise UsageError(f"--hold-out must be in [0, 1), not {flags.hold_out}")
-    train = load_images(flags.data, "train", image_size=flags.image_size)
+    how = {"image_size": flags.image_size, "on_bad_image": flags.on_bad_image}
+    train = load_images(flags.data, "train", **how)
     if flags.hold_out:
         train, test = hold_out(train, flags.hold_out)
     else:
-        test = load_images(flags.data, "test", image_size=flags.image_size)
+        test = load_images(flags.data, "test", **how)
     size = train.images.shape[-1]
     print(f"{train.name}: {len(train):,} training and {len(test):,} {test.split} images of {size} x {size} pixels, "
           f"{len(train.classes)} classes", file=sys.stderr)  # fmt: skip

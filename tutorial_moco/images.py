@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ class ImageSet:
         classes: names, the same for all splits of a data set.
         hash: sha256 in hex over pixels and labels: two sets with equal hashes hold the same images in the same order.
         factors: for ``shapes``, what each image was drawn from, tensors with N rows; else empty.
+        skipped: files that could not be decoded and were left out, each with the reason.
     """
 
     name: str
@@ -66,6 +68,7 @@ class ImageSet:
     classes: tuple[str, ...]
     hash: str
     factors: dict[str, torch.Tensor] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,7 +81,13 @@ class ImageSet:
 
 
 def load_images(
-    data: str | Path, split: str, *, image_size: int | None = None, cache: Path | None = None, progress: bool = True
+    data: str | Path,
+    split: str,
+    *,
+    image_size: int | None = None,
+    on_bad_image: Literal["raise", "skip"] = "raise",
+    cache: Path | None = None,
+    progress: bool = True,
 ) -> ImageSet:
     """Load one split of a data set, from the cache if it was loaded before.
 
@@ -94,6 +103,8 @@ def load_images(
         image_size: height and width in pixels, at least 8 (``shapes``: 16); the shorter side is resized to it and the
             centre cropped. ``None`` keeps the size of images that are all square, equal and at most 96 pixels wide,
             and is 64 for others.
+        on_bad_image: what to do when a file of a folder or an archive cannot be decoded: end with its name, or leave it out
+            and list it in ``skipped``.
         cache: folder to keep downloads and decoded images in; by default ``$TUTORIAL_MOCO_CACHE``, else
             ``$XDG_CACHE_HOME/tutorial_moco``, else ``~/.cache/tutorial_moco``.
         progress: show a bar while decoding.
@@ -108,7 +119,9 @@ def load_images(
     if image_size is not None and image_size < smallest:
         raise UsageError(f"--image-size must be at least {smallest} for {data}, not {image_size}")
     cache = Path(cache) if cache is not None else default_cache()
-    name, key, make = _source(data, image_size, cache, progress)
+    if on_bad_image not in ("raise", "skip"):
+        raise UsageError(f"--on-bad-image must be raise or skip, not {on_bad_image}")
+    name, key, make = _source(data, image_size, cache, progress, on_bad_image == "skip")
     safe_name = re.sub(r"[^\w.-]", "_", name)[:60]
     file = cache / f"{safe_name}-{image_size or 'own'}px-{key[:16]}.safetensors"
     found = _read_cache(file, key, split)
@@ -171,7 +184,7 @@ def default_cache() -> Path:
 # ---- where images come from
 
 
-def _source(data: str | Path, size: int | None, cache: Path, progress: bool) -> tuple[str, str, Callable[[], Made]]:
+def _source(data: str | Path, size: int | None, cache: Path, progress: bool, skip: bool) -> tuple[str, str, Callable[[], Made]]:
     """A data set's name, a key that changes with its content, and the function that makes both splits."""
     name, path = str(data).lower(), Path(data).expanduser()
     if name == "shapes":
@@ -194,11 +207,11 @@ def _source(data: str | Path, size: int | None, cache: Path, progress: bool) -> 
     if not path.is_dir() and not path.name.lower().endswith(ARCHIVES):
         raise DataError(f"{path} is neither a folder nor an archive: take one of {', '.join(ARCHIVES)}")
     try:
-        key = _key(_content(path))
+        key = _key(chain([b"skip"] * skip, _content(path)))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}): check its permissions") from error
     name = path.resolve().name
-    return name, key, lambda: _decode_splits(path, name, size, progress)
+    return name, key, lambda: _decode_splits(path, name, size, progress, skip)
 
 
 def _key(chunks: Iterable[bytes]) -> str:
@@ -315,28 +328,43 @@ def _torchvision_split(kind: type, name: str, split: str, size: int | None, root
 # ---- folders and archives: their images
 
 
-def _decode_splits(path: Path, title: str, size: int | None, progress: bool) -> Made:
+def _decode_splits(path: Path, title: str, size: int | None, progress: bool, skip: bool) -> Made:
     files, note = sort_out(path)
     names = [name for split in files.values() for members in split.values() for name in members]
-    pixels, shrunk = _decode_all(path, title, names, size, progress), size is not None
+    bad: dict[str, str] | None = {} if skip else None
+    pixels, shrunk = _decode_all(path, title, names, size, progress, bad), size is not None
     if pixels is None:
-        pixels, shrunk = _decode_all(path, title, names, FALLBACK_SIZE, progress), True
+        pixels, shrunk = _decode_all(path, title, names, FALLBACK_SIZE, progress, bad), True
     fitted = f"shorter sides are resized to {pixels.shape[-1]} pixels, centres cropped (--image-size sets it)"
     classes, made, start = tuple(files["train"]), {}, 0
     for split, line in ("train", fitted if shrunk else ""), ("test", note):
-        labels = [label for label, members in enumerate(files[split].get(c, ()) for c in classes) for _ in members]
-        images, labels = torch.from_numpy(pixels[start : start + len(labels)]), torch.tensor(labels, dtype=torch.int64)
-        made[split] = ImageSet(title, split, images, labels, classes, _hash(images, labels)), line
-        start += len(labels)
+        members = [(label, name) for label, c in enumerate(classes) for name in files[split].get(c, ())]
+        sound = [row for row, (_, name) in enumerate(members) if name not in (bad or ())]
+        labels = torch.tensor([members[row][0] for row in sound], dtype=torch.int64)
+        images = torch.from_numpy(pixels[start : start + len(members)][sound] if bad else pixels[start : start + len(members)])
+        skipped = tuple(f"{name} ({bad[name]})" for _, name in members if name in (bad or ()))
+        if skipped:
+            line = f"{line}; " * bool(line) + f"{len(skipped)} of its {split} files skipped: {'; '.join(skipped[:3])}"
+        made[split] = ImageSet(title, split, images, labels, classes, _hash(images, labels), skipped=skipped), line
+        start += len(members)
     return made
 
 
-def _decode_all(path: Path, title: str, names: list[str], size: int | None, progress: bool) -> np.ndarray | None:
-    """uint8 (N, 3, S, S) in the order of `names`; with ``size=None``, None unless all are one small square."""
+def _decode_all(
+    path: Path, title: str, names: list[str], size: int | None, progress: bool, bad: dict[str, str] | None = None
+) -> np.ndarray | None:
+    """uint8 (N, 3, S, S) in the order of `names`; with ``size=None``, None unless all are one small square.
+
+    With a dictionary ``bad``, files that cannot be decoded go there with the reason, and their rows hold nothing.
+    """
     rows, done, pixels = {name: row for row, name in enumerate(names)}, set(), None
     wanted = ((name, source) for name, source in files_of(path, rows) if name in rows)
     with tqdm(total=len(names), desc=f"decoding {title}", unit="img", leave=False, disable=not progress) as bar:
-        for name, image in _in_order(lambda file: (file[0], _decode(path, *file, size)), wanted):
+        for name, image in _in_order(lambda file: (file[0], _decoded(path, *file, size, bad)), wanted):
+            if image is None:
+                done.add(name)
+                bar.update()
+                continue
             if pixels is None:
                 if size is None and not image.shape[1] == image.shape[2] <= KEEP_UP_TO:
                     return None
@@ -348,7 +376,20 @@ def _decode_all(path: Path, title: str, names: list[str], size: int | None, prog
             bar.update()
     if len(done) < len(names):
         raise DataError(f"{path} was changed while it was read: start again")
+    if pixels is None:
+        raise DataError(f"{path} has no image that can be decoded: {next(iter(bad))} cannot ({next(iter(bad.values()))})")
     return pixels
+
+
+def _decoded(path: Path, name: str, source: Source, size: int | None, bad: dict[str, str] | None) -> np.ndarray | None:
+    """The image; None, and the reason kept, if it is bad and that is no matter."""
+    try:
+        return _decode(path, name, source, size)
+    except DataError as error:
+        if bad is None:
+            raise
+        bad[name] = str(error).partition(f"{name} ")[2].rpartition(": ")[0]
+        return None
 
 
 def _in_order(function: Callable, items: Iterator) -> Iterator:
@@ -417,6 +458,7 @@ def _read_cache(file: Path, key: str, split: str) -> tuple[ImageSet, str] | None
             if record.pop("key") != key:
                 raise ValueError("it belongs to other data")
             note, classes, names = record.pop("note"), tuple(record.pop("classes")), record.pop("factors")
+            record["skipped"] = tuple(record.get("skipped", ()))
             images, labels = tensors.get_tensor(f"{split}.images"), tensors.get_tensor(f"{split}.labels")
             factors = {name: tensors.get_tensor(f"{split}.factors.{name}") for name in names}
             return ImageSet(split=split, images=images, labels=labels, classes=classes, factors=factors, **record), note
@@ -430,7 +472,7 @@ def _write_cache(file: Path, key: str, made: Made) -> None:
     for split, (found, note) in made.items():
         tensors |= {f"{split}.images": found.images, f"{split}.labels": found.labels}
         tensors |= {f"{split}.factors.{name}": factor for name, factor in found.factors.items()}
-        record = {"key": key, "name": found.name, "hash": found.hash, "note": note}
+        record = {"key": key, "name": found.name, "hash": found.hash, "note": note, "skipped": found.skipped}
         records[split] = json.dumps(record | {"classes": found.classes, "factors": list(found.factors)})
     unfinished = file.with_name(f".{uuid.uuid4().hex}.tmp")  # in the same folder, or it could not be moved at once
     try:

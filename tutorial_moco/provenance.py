@@ -14,7 +14,7 @@ from tutorial_moco.images import ImageSet
 
 
 def provenance(data: ImageSet, device: torch.device) -> dict[str, object]:
-    """Version, commit, command, date, hardware, torch, and the data's name and hash."""
+    """Version, commit, command, date, hardware, torch, the data's name and hash, and which of its files were left out."""
     return {
         "version": tutorial_moco.__version__,
         "commit": git_commit(),
@@ -24,6 +24,7 @@ def provenance(data: ImageSet, device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "data": data.name,
         "data_hash": data.hash,
+        **({"skipped": list(data.skipped)} if getattr(data, "skipped", ()) else {}),
     }
 
 
