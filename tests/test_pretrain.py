@@ -361,8 +361,28 @@ def test_a_folder_with_a_run_on_other_images_is_refused(mechanism, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
     poison_from(monkeypatch, 0)
-    with pytest.raises(UsageError, match="nan at step 1: try a lower --lr"):
+    with pytest.raises(UsageError, match=r"nan at step 1, .*: try a lower --lr"):
         train(BASE)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_images_that_make_the_loss_not_finite_are_named_and_nothing_has_been_changed_by_them(name, monkeypatch):
+    run = training.start(BASE.replace(**VARIANTS[name]), random_images(), CPU, torch.float32)
+    run.mechanism.eval()  # so that BatchNorm does not carry one image's values to the others
+    before = {key: tensor.clone() for key, tensor in tensors_of(run).items()}
+    views = run.views
+
+    def poisoned(images, index, *rest, **more):
+        view_q, view_k = views(images, index, *rest, **more)
+        view_q[[2, 5]] = math.nan
+        return view_q, view_k
+
+    run.views, index = poisoned, torch.arange(16) + 40
+    with pytest.raises(UsageError, match=r"the loss is nan at step 1, in the training images 42, 45: try a lower --lr"):
+        training.train_step(run, random_images().images[index], index, 0)
+    assert run.step == 0
+    for key, tensor in tensors_of(run).items():
+        assert torch.equal(tensor, before[key]), key
 
 
 @pytest.mark.parametrize("step", [1, 4, 7])

@@ -166,7 +166,8 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
         loss = loss_of(run, contrast)
         value = loss.item()
         if not math.isfinite(value):
-            raise UsageError(f"the loss is {value} at step {run.step + 1}: try a lower --lr or a higher --temperature")
+            where = f"the loss is {value} at step {run.step + 1}, {_not_finite(contrast, index)}"
+            raise UsageError(f"{where}: try a lower --lr or a higher --temperature")
         run.optimizer.zero_grad()
         loss.backward()
     run.optimizer.step()
@@ -176,6 +177,17 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
     mechanism.update_dictionary(contrast, index)
     run.step += 1
     return value, contrast
+
+
+def _not_finite(contrast: Contrast, index: Tensor) -> str:
+    """Which images of the batch (N,) have a query or a key that is not finite; both views' rows if the loss is symmetric."""
+    finite = contrast.q.isfinite().all(dim=1) & contrast.k.isfinite().all(dim=1)
+    numbers = index[~finite.view(-1, len(index)).all(dim=0)].tolist()
+    if not numbers:
+        return "though each query and key is finite"
+    if len(numbers) == len(index):
+        return "in each image of the batch"
+    return f"in the training images {', '.join(map(str, numbers[:5]))}" + " …" * (len(numbers) > 5)
 
 
 def loss_of(run: Run, contrast: Contrast) -> Tensor:
