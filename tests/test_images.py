@@ -235,7 +235,7 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
 
 
 def test_more_than_half_of_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "_memory", lambda: 2 * 10 * 3 * 12 * 12)
+    monkeypatch.setattr(images, "machine_memory", lambda: 2 * 10 * 3 * 12 * 12)
     assert len(load(make(tmp_path, tree()))) == 6
     with pytest.raises(DataError, match="smaller --image-size"):
         load(make(tmp_path, tree()), image_size=13)
@@ -249,9 +249,9 @@ def test_a_huge_member_is_refused_unread(tmp_path, monkeypatch, form):
 
 
 def test_memory_is_known_or_assumed(monkeypatch):
-    assert images._memory() > 1 << 28
+    assert images.machine_memory() > 1 << 28
     monkeypatch.delattr(os, "sysconf", raising=False)  # as on Windows
-    assert images._memory() > 1 << 28
+    assert images.machine_memory() > 1 << 28
 
 
 # ---- what cannot be learned from

@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 from tutorial_moco.archives import ARCHIVES, Source, files_of, sort_out
 from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.speed import machine_memory
 
 DOWNLOADS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # the classes in torchvision.datasets
 SHAPES = {"train": (10_000, 0), "test": (2_000, 1)}  # how many, and the seed they are drawn from
@@ -431,19 +432,12 @@ def _fit(image: Image.Image, size: int | None) -> np.ndarray:
 
 def _room(title: str, count: int, shape: tuple[int, ...]) -> np.ndarray:
     needed = count * int(np.prod(shape))
-    if needed > _memory() // 2:
+    if needed > machine_memory() // 2:
         raise DataError(
             f"{title} would take {needed / 2**30:.1f} GiB as {shape[2]} x {shape[1]} pixels, over half of this "
             "machine's memory: choose a smaller --image-size"
         )
     return np.empty((count, *shape), np.uint8)
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return 16 << 30
 
 
 # ---- the cache

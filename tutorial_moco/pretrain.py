@@ -27,6 +27,7 @@ from tutorial_moco.speed import (
     choose_precision,
     default_device,
     keep_freed_memory,
+    machine_memory,
     peak_memory_bytes,
     products_in,
     reset_peak_memory,
@@ -263,6 +264,10 @@ def check(recipe: Recipe, n: int, minutes: float | None) -> None:
         raise UsageError(f"--batch-size must be at most the number of training images, {n}, not {recipe.batch_size}")
     if recipe.mechanism == "memory_bank" and n - 1 < recipe.K:
         raise UsageError(f"--K must be at most {n - 1} for a memory bank of {n} images, not {recipe.K}")
+    keys = {"moco": recipe.K, "memory_bank": n}.get(recipe.mechanism, 0)
+    if (needed := keys * recipe.dim * 4) > machine_memory() // 2:
+        which = f"--K {recipe.K}" if recipe.mechanism == "moco" else f"A bank of {n} images"
+        raise UsageError(f"{which} with --dim {recipe.dim} takes {needed / 2**30:,.1f} GiB, over half of this machine's memory")
     if minutes is not None and not (0 < minutes < math.inf):
         raise UsageError(f"--minutes must be above 0, not {minutes}")
 

@@ -7,6 +7,7 @@ multiplies it (AVX512-BF16, AMX) and is emulated, very slowly, where it does not
 import contextlib
 import ctypes
 import math
+import os
 import platform
 import sys
 import time
@@ -124,3 +125,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine_memory() -> int:
+    """Bytes of the machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return 16 << 30
