@@ -14,6 +14,7 @@ from tutorial_moco.checkpoint import pack
 from tutorial_moco.images import ImageSet
 from tutorial_moco.recipes import Recipe
 
+FULL = bool(os.environ.get("TUTORIAL_MOCO_FAULTS"))  # the full counts
 STEPS = 60
 RECIPES = {
     name: Recipe(mechanism=name, encoder="tiny", dim=8, K=20, m=0.9, batch_size=16, epochs=STEPS // 4, lr=0.05)

@@ -1,16 +1,16 @@
 """Any configuration either trains or ends in one line and status 2: many are drawn. `make faults` has the full count."""
 
-import os
 import random
 
 import pytest
 import torch
 
+from runs import FULL
 from tutorial_moco import cli, compare
 from tutorial_moco import pretrain as training
 from tutorial_moco.images import ImageSet
 
-COUNT = 3000 if os.environ.get("TUTORIAL_MOCO_FAULTS") else 150
+COUNT = 3000 if FULL else 150
 CPU = torch.device("cpu")
 WILD = [
     "",
@@ -91,7 +91,7 @@ def first_step(recipes, train, test, out, *, minutes, precision, **_):
 
 
 @pytest.mark.timeout(1200)
-def test_any_configuration_trains_or_ends_in_one_line(monkeypatch, capsys):
+def test_any_configuration_trains_or_ends_in_one_line(monkeypatch, capsys, held):
     sets = {"train": images(64, "train"), "test": images(20, "test")}
     monkeypatch.setattr("tutorial_moco.images.load_images", lambda data, split, **_: sets[split])
     monkeypatch.setattr(compare, "compare", first_step)
@@ -109,5 +109,6 @@ def test_any_configuration_trains_or_ends_in_one_line(monkeypatch, capsys):
             assert told[-1].startswith("tutorial-moco: "), (words, told)
             assert not any(line.startswith(("Traceback", "  File")) for line in told), (words, told)
             assert len(told) <= 2, (words, told)  # the images may have been told before
-    print(f"{ended[0]} trained, {ended[2]} were refused, of {COUNT}")
     assert min(ended.values()) > COUNT / 5
+    told = f"drawn configurations: {ended[0]} took a step, {ended[2]} were refused"
+    held("any configuration trains or is told in a line", told, sum(ended.values()), COUNT)

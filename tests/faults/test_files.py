@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 
+from runs import FULL
 from tutorial_moco import checkpoint
 from tutorial_moco.checkpoint import load_checkpoint, previous_of, save_checkpoint
 from tutorial_moco.errors import DataError
 
-FULL = bool(os.environ.get("TUTORIAL_MOCO_FAULTS"))
 KILLS, FLIPS, CUTS, LIMITS = (200, 1000, 100, 60) if FULL else (20, 200, 30, 12)
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="these faults are made with fork and signals")
 
@@ -51,7 +51,7 @@ def in_child(work):
     os._exit(status)
 
 
-def test_killed_while_saving_there_is_always_a_whole_checkpoint_and_it_is_the_last_or_the_one_before(tmp_path):
+def test_killed_while_saving_there_is_always_a_whole_checkpoint_and_it_is_the_last_or_the_one_before(tmp_path, held):
     path, draw = tmp_path / "checkpoint.safetensors", random.Random(0)
     save_checkpoint(path, content(0), {"step": 0}, keep_previous=True)
     reached, parts = 0, 0
@@ -74,9 +74,11 @@ def test_killed_while_saving_there_is_always_a_whole_checkpoint_and_it_is_the_la
         reached, parts = now, parts + any(file.suffix == ".part" for file in tmp_path.iterdir())
     assert reached > KILLS / 2  # it did save
     assert parts > 0  # and was hit in the middle of it
+    told = f"kill -9 while saving without pause, {parts} times in the middle of a file"
+    held("a save is whole or was not", told, KILLS, KILLS)
 
 
-def test_a_limit_on_the_size_of_files_leaves_the_old_checkpoint_and_is_told(tmp_path):
+def test_a_limit_on_the_size_of_files_leaves_the_old_checkpoint_and_is_told(tmp_path, held):
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, content(1), {"step": 1})
     size = path.stat().st_size
@@ -99,6 +101,7 @@ def test_a_limit_on_the_size_of_files_leaves_the_old_checkpoint_and_is_told(tmp_
     pipe.close()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert [is_whole(path), is_whole(previous_of(path))] == [2, 1]
+    held("a save is whole or was not", "a limit on the size of files, swept over the file", LIMITS, LIMITS)
 
 
 FILL = """
@@ -116,7 +119,7 @@ except DataError as error:
 """
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_tells_the_bytes_needed_and_free(tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_and_tells_the_bytes_needed_and_free(tmp_path, held):
     """A file system in memory of one megabyte, in a namespace of its own."""
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size=1m none {tmp_path}"
@@ -131,9 +134,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_tells_the_bytes_needed_and_f
     assert "checkpoint-previous.safetensors', 'checkpoint.safetensors'] " in rest
     assert "bytes needed, " in rest
     assert "free): No space left on device" in rest
+    held("a save is whole or was not", "a file system of one megabyte, saved to until it is full", 1, 1)
 
 
-def test_flipped_and_cut_off_bytes_are_found_before_anything_is_parsed(tmp_path, monkeypatch):
+def test_flipped_and_cut_off_bytes_are_found_before_anything_is_parsed(tmp_path, monkeypatch, held):
     path, draw = tmp_path / "checkpoint.safetensors", random.Random(1)
     save_checkpoint(path, content(7, n=300), {"step": 7, "recipe": "x" * 300})
     whole = path.read_bytes()
@@ -150,6 +154,7 @@ def test_flipped_and_cut_off_bytes_are_found_before_anything_is_parsed(tmp_path,
         with pytest.raises(DataError, match="damaged"):
             load_checkpoint(path)
         assert not parsed, number
+    held("damage is found before it is parsed", f"{FLIPS} flipped bytes, {CUTS} cuts, odd headers", len(damaged), len(damaged))
 
 
 def test_what_was_read_back_otherwise_than_it_was_written_does_not_take_the_name(tmp_path, monkeypatch):

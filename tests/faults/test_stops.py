@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("resource", reason="these faults are made with signals")
 
-from runs import RECIPES, STEPS, begin, finish, steps_done
+from runs import FULL, RECIPES, STEPS, begin, finish, steps_done
 from tutorial_moco.checkpoint import load_checkpoint
 
-KILLS = 17 if os.environ.get("TUTORIAL_MOCO_FAULTS") else 3  # of each mechanism
+KILLS = 17 if FULL else 3  # of each mechanism
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def wait_until(holds, seconds=30.0):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_killed_at_any_point_a_run_ends_in_the_same_bits(name, whole, tmp_path):
+def test_killed_at_any_point_a_run_ends_in_the_same_bits(name, whole, tmp_path, held):
     """In the first step, within an epoch, at its boundary, during the kNN or a save: wherever the moment falls."""
     draw, kills = random.Random(name), 0
     while kills < KILLS:
@@ -42,10 +42,12 @@ def test_killed_at_any_point_a_run_ends_in_the_same_bits(name, whole, tmp_path):
             process.join()
             kills += process.exitcode == -signal.SIGKILL
         assert finish(name, out) == whole[name]
+    told = f"{name}, one process, killed twice on its way at moments drawn from all steps"
+    held("the same bits after kill -9", told, kills, kills)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_a_run_saves_the_step_it_was_at_and_loses_none(number, whole, tmp_path):
+def test_stopped_a_run_saves_the_step_it_was_at_and_loses_none(number, whole, tmp_path, held):
     process = begin("moco", tmp_path, pause=0.05)
     wait_until(lambda: steps_done(tmp_path) >= 5)
     began = time.monotonic()
@@ -59,6 +61,7 @@ def test_stopped_a_run_saves_the_step_it_was_at_and_loses_none(number, whole, tm
     assert f"{number.name}: step {done} is done and saved" in (tmp_path / "log").read_text()
     assert finish("moco", tmp_path) == whole["moco"]
     assert f"going on from step {done}" in (tmp_path / "log").read_text()
+    held("stopped, no step is lost", f"{number.name} in the middle of a run; the same bits at its end", 1, 1)
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
