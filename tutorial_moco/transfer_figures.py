@@ -118,8 +118,8 @@ def worth(rows: Sequence[dict]) -> Figure:
     return fig
 
 
-def _classified(how: str, share: float) -> Callable[[dict], bool]:
-    return lambda row: (row["task"], row.get("how"), row.get("share")) == ("classify", how, share)
+def _classified(how: str, share: float, task: str = "classify") -> Callable[[dict], bool]:
+    return lambda row: (row["task"], row.get("how"), row.get("share")) == (task, how, share)
 
 
 def _task(name: str) -> Callable[[dict], bool]:
@@ -132,6 +132,8 @@ PANELS = (
     ("linear, all labels", _classified("linear", 1.0), "linear_top1"),
     ("fine-tuned, 1 %", _classified("fine_tuned", 0.01), "fine_tuned_top1"),
     ("fine-tuned, all", _classified("fine_tuned", 1.0), "fine_tuned_top1"),
+    ("digits, linear, 10 %", _classified("linear", 0.1, "digits"), "linear_top1"),
+    ("digits, fine-tuned, 10 %", _classified("fine_tuned", 0.1, "digits"), "fine_tuned_top1"),
     ("detection, box AP", _task("detect"), "ap_boxes"),
     ("segments, mask AP", _task("detect"), "ap_masks"),
     ("keypoint AP", _task("keypoints"), "ap_keypoints"),
