@@ -17,7 +17,7 @@ from tutorial_moco.detection import average_precision, build_detector
 from tutorial_moco.encoders import ENCODERS, build_encoder
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.evaluate import linear_probe
-from tutorial_moco.images import ImageSet
+from tutorial_moco.images import ImageSet, load_images
 from tutorial_moco.masked import load_painter, mask_order
 from tutorial_moco.recipes import Recipe
 from tutorial_moco.results import provenance_line
@@ -321,6 +321,16 @@ def test_a_layer_can_begin_with_a_probe_and_then_answers_as_it_does(classes):
     begin_with_probe(layer, probe)
     expected = torch.from_numpy(probe.predict_proba(features.numpy())).float()
     torch.testing.assert_close(layer(features).softmax(dim=1), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_fine_tuning_on_other_images_does_not_forget_what_frozen_features_know():
+    """Photographs' BatchNorm statistics are far from the digits': with them fine-tuning fell from 86 % to 30 % and below."""
+    train, test = (load_images("digits", split) for split in ("train", "test"))
+    start = load_start(SHIPPED.parent / "moco.safetensors", torch.empty(0))
+    frozen, tuned = (classify(start, train, test, share=0.1, how=how, progress=False) for how in ("linear", "fine_tuned"))
+    assert tuned["fine_tuned_top1"] > frozen["linear_top1"] - 1
+    again = classify(start, train, test, share=0.1, progress=False)  # the start itself stays as it was
+    assert again == frozen
 
 
 def test_fine_tuning_has_one_recipe_however_the_start_was_trained(monkeypatch):

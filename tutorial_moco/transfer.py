@@ -3,6 +3,7 @@
 The paper's point (section 4.2). Whatever the start, the task's recipe is the same, so that only the start is compared.
 """
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from tutorial_moco.annotated import Annotated
 from tutorial_moco.augment import plain_view
@@ -98,8 +100,10 @@ def classify(
     """Classify with a share of the labels: a linear classifier on frozen features, or the whole encoder trained on.
 
     Fine-tuning begins with the linear classifier that was found on the frozen features: from a random layer the first steps
-    would spoil them (arXiv 2202.10054). Fresh weights have none worth beginning with. Fewer images are seen more often,
-    ``epochs / sqrt(share)`` times, since they need fewer steps but not so few.
+    would spoil them (arXiv 2202.10054). BatchNorm's statistics are taken anew before that: by those of other images some
+    features hardly vary, the classifier makes up for it with huge weights, and the first steps explode. Fresh weights have no
+    classifier worth beginning with. Fewer images are seen more often, ``epochs / sqrt(share)`` times, since they need fewer
+    steps but not so few.
 
     Args:
         share: of the training images, in (0, 1]. epochs, batch_size, lr: of fine-tuning; ``SETTINGS`` if None.
@@ -109,9 +113,9 @@ def classify(
     """
     part = train if share == 1 else train.take(few_labels(train.labels, share, seed))
     device = default_device()
-    known = extract_features(start.backbone.to(device), part.images) if start.steps or how == "linear" else None
+    backbone = deepcopy(start.backbone).to(device)
     if how == "linear":
-        asked = extract_features(start.backbone, test.images)
+        known, asked = (extract_features(backbone, images.images) for images in (part, test))
         return {"labels": len(part), "linear_top1": linear_top1(known, part.labels, asked, test.labels)}
     usual = SETTINGS["classify"]
     passes, batch = round((epochs or usual[0]) / share**0.5), min(batch_size or usual[1], len(part))
@@ -120,9 +124,11 @@ def classify(
     how = {"epochs": passes, "batch_size": batch, "seed": seed, "augmentation": views, **usually, **({"lr": lr} if lr else {})}
     recipe = Recipe(encoder=start.recipe.encoder, **how)  # of the start only what it is, not how it was trained
     torch.manual_seed(seed)
-    net = classifier(deepcopy(start.backbone).to(device), start.feature_dim, len(train.classes)).train()
-    if known is not None:
-        begin_with_probe(net[1], linear_probe(known, part.labels))
+    net = classifier(backbone, start.feature_dim, len(train.classes))
+    if start.steps:
+        update_bn((plain_view(few).to(device) for few in part.images.tensor_split(math.ceil(len(part) / 256))), backbone)
+        begin_with_probe(net[1], linear_probe(extract_features(backbone, part.images), part.labels))
+    net.train()
     dtype = choose_precision(net, plain_view(train.images[:128]).to(device))
     _, seconds = train_classifier(net, recipe, part, dtype, progress=progress)
     return {"labels": len(part), "fine_tuned_top1": top1(net, test, dtype), "seconds": round(seconds, 1)}
