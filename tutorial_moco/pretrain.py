@@ -20,6 +20,7 @@ from tutorial_moco.evaluate import extract_features, knn_top1, notebooks_knn_top
 from tutorial_moco.images import ImageSet
 from tutorial_moco.losses import estimate_log_z, info_nce, nce, pretext_accuracy
 from tutorial_moco.mechanisms import Contrast, EndToEnd, Mechanism, MemoryBank, MoCo, MoCoV3, SimCLR
+from tutorial_moco.official import load_official
 from tutorial_moco.randomness import permutation
 from tutorial_moco.recipes import Recipe
 from tutorial_moco.speed import (
@@ -350,9 +351,15 @@ def save_run(run: Run, out: Path) -> None:
 def load_encoder(path: Path) -> tuple[Encoder, Recipe, dict[str, object]]:
     """The query encoder of a checkpoint, float32 on the CPU, the recipe it was trained by, and what else is told of it.
 
+    Args:
+        path: a checkpoint of this package, or one of the published MoCo (``.pth.tar``), of which ``step`` is the epoch.
+
     Raises:
         DataError: the file is missing, damaged or no checkpoint of a pre-training.
     """
+    if path.name.endswith((".pth.tar", ".pth", ".pt")):
+        mechanism, recipe, epochs = load_official(path)
+        return mechanism.encoder, recipe, {"step": epochs, "dtype": "float32"}
     tensors, state = load_checkpoint(path)
     if not any(name.startswith("mechanism.encoder.") for name in tensors):
         raise DataError(f"{path} holds no pre-trained encoder: give the checkpoint.safetensors of a run")
