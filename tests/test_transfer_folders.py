@@ -100,7 +100,7 @@ def test_scenes_in_cocos_format_train_the_same_model_as_scenes_in_memory(task, c
     for data in ("scenes", coco):
         sets = [load_annotated(data, split, task, n=count) for split, (count, _) in FEW.items()]
         start = load_start("none", torch.rand(50, 3, 32, 32, generator=torch.Generator().manual_seed(0)), encoder="tiny")
-        trained = dense(start, task, *sets, epochs=1, batch_size=2, progress=False)
+        trained = dense(start, task, *sets, epochs=1, batch_size=2, dtype=torch.float32, progress=False)
         results.append([trained.result, *trained.model.state_dict().values()])
     assert results[0][0] == results[1][0]
     assert all(torch.equal(*pair) for pair in zip(results[0][1:], results[1][1:], strict=True))

@@ -79,7 +79,7 @@ def _verify(path: Path) -> None:
         if seal is None and _UNSEALED.encode() in header:
             return
         if seal is None:
-            raise DataError(f"{path} is not a checkpoint of this package, or damaged: give the checkpoint.safetensors of a run")
+            raise DataError(f"{path} is damaged or is no checkpoint of this package: give the checkpoint.safetensors of a run")
         told, header[slice(*seal.span(1))] = seal[1], _BLANK
         digest = hashlib.sha256(start + header)
         while block := file.read(1 << 20):

@@ -329,7 +329,7 @@ def _torchvision_split(kind: type, name: str, split: str, size: int | None, root
 # ---- folders and archives: their images
 
 
-def _decode_splits(path: Path, title: str, size: int | None, progress: bool, skip: bool) -> Made:
+def _decode_splits(path: Path, title: str, size: int | None, progress: bool, skip: bool = False) -> Made:
     files, note = sort_out(path)
     names = [name for split in files.values() for members in split.values() for name in members]
     bad: dict[str, str] | None = {} if skip else None
