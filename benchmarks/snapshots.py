@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.plan import with_mechanism
 from tutorial_moco import speed
-from tutorial_moco.checkpoint import load_checkpoint, pack, save_checkpoint
+from tutorial_moco.checkpoint import halved, load_checkpoint, pack, save_checkpoint
 from tutorial_moco.cli import exit_status, parse
 from tutorial_moco.compare import untrained
 from tutorial_moco.errors import DataError, UsageError
@@ -153,7 +153,7 @@ def parts_of(run: Run, parts: tuple[str, ...]) -> dict[str, Tensor]:
     Matrices in float16, which halves the file; what is short (norms, biases, ages) stays as exact as it is.
     """
     tensors = {name: tensor for name, tensor in pack(mechanism=run.mechanism).items() if name.split(".")[1] in parts}
-    return {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+    return halved(tensors)
 
 
 def main() -> int:

@@ -155,10 +155,10 @@ def load_splits(data: str | Path, task: Task) -> tuple[Annotated, Annotated]:
         if ours != theirs:
             odd = sorted(set(ours) ^ set(theirs))[:3] or "their order"
             raise DataError(f"{train.name}: the splits train and test have not the same {what} ({odd}): list the same in both")
-    objects = [o for record in test.records if isinstance(record, _Record) for o in record.objects if not o.crowd]
-    judged = any(any(o.points[2::3]) for o in objects) if task == "keypoints" else objects
-    if not judged and isinstance(test.records[0], _Record) and task != "segment":
-        raise DataError(f"{test.name} has nothing to judge in its test split, {len(objects)} objects for {task}: add some")
+    if not test.in_memory and task != "segment":
+        objects = [o for record in test.records for o in record.objects if not o.crowd]
+        if not (any(any(o.points[2::3]) for o in objects) if task == "keypoints" else objects):
+            raise DataError(f"{test.name} has nothing to judge in its test split, {len(objects)} objects for {task}: add some")
     if train.has_masks != test.has_masks:
         print(f"{train.name}: objects of one split have no masks, so boxes alone are trained and judged", file=sys.stderr)
         return replace(train, has_masks=False), replace(test, has_masks=False)

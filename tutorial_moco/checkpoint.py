@@ -35,7 +35,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, obj
     data = bytearray(save({name: t.detach().contiguous() for name, t in tensors.items()}, about))
     place = _SEAL.search(data, 8, 8 + _header_bytes(data)).start(1)
     data[place : place + 64] = hashlib.sha256(data).hexdigest().encode()
-    write_whole(path, bytes(data), previous_of(path) if keep_previous else None)
+    write_whole(path, data, previous_of(path) if keep_previous else None)
 
 
 def previous_of(path: Path) -> Path:
@@ -86,6 +86,16 @@ def _verify(path: Path) -> None:
             digest.update(block)
     if digest.hexdigest().encode() != told:
         raise OSError("its bytes are not those that were written")
+
+
+def halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices in float16, half the file; what is short (norms, biases) or whole numbers stays as exact as it is."""
+    return {name: t.half() if t.is_floating_point() and t.ndim > 1 else t for name, t in tensors.items()}
+
+
+def single(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The float32 tensors that `halved` ones are worked with."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def pack(**parts: nn.Module | torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tutorial_moco.errors import DataError
 
 
-def write_whole(path: Path, content: bytes, previous: Path | None = None) -> None:
+def write_whole(path: Path, content: bytes | bytearray, previous: Path | None = None) -> None:
     """Write a file so that a crash, a kill or a full disk leaves either the old file or the new one, never a part.
 
     The new one is written beside it, brought to the disk, read back, and only then takes the name; that, too, is brought to the

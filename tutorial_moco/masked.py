@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tutorial_moco import speed
 from tutorial_moco.augment import Augmentation, plain_view, random_view
-from tutorial_moco.checkpoint import load_checkpoint, pack, save_checkpoint, unpack
+from tutorial_moco.checkpoint import halved, load_checkpoint, pack, save_checkpoint, single, unpack
 from tutorial_moco.encoders import Encoder, ViTBackbone, build_encoder, sines
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.images import ImageSet
@@ -128,8 +128,7 @@ def pretrain_masked(
 
 def save_painter(path: Path, net: MaskedAutoencoder, facts: dict[str, object]) -> None:
     """Write an auto-encoder, its matrices in float16, and facts about its training."""
-    tensors = {name: t.half() if t.ndim > 1 else t for name, t in pack(painter=net).items()}
-    save_checkpoint(path, tensors, facts)
+    save_checkpoint(path, halved(pack(painter=net)), facts)
 
 
 def load_painter(path: Path | None = None) -> tuple[MaskedAutoencoder, dict[str, object]]:
@@ -146,5 +145,5 @@ def load_painter(path: Path | None = None) -> tuple[MaskedAutoencoder, dict[str,
     if not any(name.startswith("painter.") for name in tensors):
         raise DataError(f"{path} holds no masked auto-encoder: give one that save_painter wrote")
     net = MaskedAutoencoder(build_encoder("vit-learned").backbone)
-    unpack({name: t.float() for name, t in tensors.items()}, painter=net)
+    unpack(single(tensors), painter=net)
     return net.eval(), facts

@@ -11,7 +11,7 @@ from statistics import mean, stdev, variance
 from scipy import stats
 from torch import Tensor
 
-from tutorial_moco.checkpoint import load_checkpoint, unpack
+from tutorial_moco.checkpoint import load_checkpoint, single, unpack
 from tutorial_moco.encoders import Encoder, build_encoder
 from tutorial_moco.errors import DataError
 from tutorial_moco.recipes import Recipe
@@ -195,7 +195,7 @@ def load_run(name: str, folder: Path | None = None) -> tuple[Encoder, Recipe, di
     """
     tensors, facts = load_checkpoint(find(f"{name}.safetensors", "snapshots", folder))
     recipe = Recipe.from_json(facts.pop("recipe"))
-    tensors = {key.removeprefix("mechanism."): _single(tensor) for key, tensor in tensors.items()}
+    tensors = {key.removeprefix("mechanism."): tensor for key, tensor in single(tensors).items()}
     facts |= {key: tensors[key] for key in ("queue", "born") if key in tensors}
     parts = [part for part in ("encoder", "key_encoder") if any(key.startswith(f"{part}.") for key in tensors)]
     encoders = {part: _encoder(recipe, tensors, part) for part in parts}
@@ -215,17 +215,13 @@ def load_features(name: str, folder: Path | None = None) -> dict[str, object]:
     """
     tensors, facts = load_checkpoint(find(f"{name}-features.safetensors", "snapshots", folder))
     moments = {key: facts.pop(key) for key in ("epochs", "knn")}
-    return {key: _single(tensor) for key, tensor in tensors.items()} | moments | {"facts": facts}
+    return single(tensors) | moments | {"facts": facts}
 
 
 def _encoder(recipe: Recipe, tensors: dict[str, Tensor], part: str) -> Encoder:
     encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm)
     unpack(tensors, **{part: encoder})
     return encoder.eval()
-
-
-def _single(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def find(name: str, maker: str, folder: Path | None = None) -> Path:

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import update_bn
 
 from tutorial_moco.annotated import Annotated
 from tutorial_moco.augment import plain_view
-from tutorial_moco.checkpoint import load_checkpoint, pack, save_checkpoint, unpack
+from tutorial_moco.checkpoint import halved, load_checkpoint, pack, save_checkpoint, single, unpack
 from tutorial_moco.dense import Batches, answers, fit
 from tutorial_moco.detection import average_precision, build_detector
 from tutorial_moco.encoders import build_encoder
@@ -158,8 +158,7 @@ def build(backbone: nn.Module, task: str, classes: int, *, kind: str = "", **how
 def save_trained(path: Path, trained: Trained, facts: dict[str, object], *, half: bool = False) -> None:
     """Write a model, how it was built and the facts; ``half``: its matrices in float16."""
     tensors = pack(model=trained.model)
-    tensors = {name: t.half() if half and t.is_floating_point() and t.ndim > 1 else t for name, t in tensors.items()}
-    save_checkpoint(path, tensors, {**facts, "how": trained.how, "result": trained.result})
+    save_checkpoint(path, halved(tensors) if half else tensors, {**facts, "how": trained.how, "result": trained.result})
 
 
 def shipped(name: str) -> Path:
@@ -182,7 +181,7 @@ def load_trained(path: Path) -> tuple[nn.Module, dict[str, object]]:
         raise DataError(f"{path} holds no model of a dense task: give one that transfer wrote")
     how = dict(facts["how"])
     model = build(build_encoder(how.pop("encoder"), norm=how.pop("norm", "batch")).backbone, **how)
-    unpack({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}, model=model)
+    unpack(single(tensors), model=model)
     return model.eval(), facts
 
 
