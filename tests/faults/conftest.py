@@ -4,8 +4,7 @@ import datetime
 from pathlib import Path
 
 import pytest
-
-from runs import FULL
+from trainings import FULL
 
 PAGE = Path(__file__).parents[2] / "docs" / "RELIABILITY.md"
 ELSEWHERE = {  # promise: the best test of it that we found in other projects

@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
+from trainings import FULL
 
-from runs import FULL
 from tutorial_moco import cli, compare
 from tutorial_moco import pretrain as training
 from tutorial_moco.images import ImageSet

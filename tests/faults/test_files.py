@@ -11,8 +11,8 @@ import time
 
 import pytest
 import torch
+from trainings import FULL
 
-from runs import FULL
 from tutorial_moco import checkpoint
 from tutorial_moco.checkpoint import load_checkpoint, previous_of, save_checkpoint
 from tutorial_moco.errors import DataError

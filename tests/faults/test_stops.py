@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("resource", reason="these faults are made with signals")
 
-from runs import FULL, RECIPES, STEPS, begin, finish, steps_done
+from trainings import FULL, RECIPES, STEPS, begin, finish, steps_done
+
 from tutorial_moco.checkpoint import load_checkpoint
 
 KILLS = 17 if FULL else 3  # of each mechanism
