@@ -89,6 +89,11 @@ def two_views(
     )
 
 
+def one_view(images: Tensor, index: Tensor, augmentation: str, view: int, *, seed: int = 0, epoch: int = 0) -> Tensor:
+    """One of `two_views` alone: the query's (0) or the key's (1), and the same as there."""
+    return random_view(images, index, AUGMENTATIONS[augmentation][view], seed=seed, epoch=epoch, view=view)
+
+
 class RecordedViews:
     """`two_views` on a GPU, recorded as a CUDA graph at the first call and launched as one from then on.
 

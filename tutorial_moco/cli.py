@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 import secrets
 import sys
@@ -16,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tutorial_moco import __version__
-from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.errors import DataError, LostProcess, UsageError
 from tutorial_moco.files import write_whole
 from tutorial_moco.recipes import RECIPES, Recipe
 
@@ -224,7 +225,8 @@ def run_evaluate(flags: Evaluate) -> dict:
     from tutorial_moco.compare import evaluate_checkpoint
 
     train, test = load(flags)
-    result = evaluate_checkpoint(flags.checkpoint, train, test)
+    if not (result := evaluate_checkpoint(flags.checkpoint, train, test)):
+        return {}
     print(f"kNN {result['knn_top1']:.2f} %, linear {result['linear_top1']:.2f} % of {len(test):,} {test.split} images")
     return result
 
@@ -324,16 +326,19 @@ def run_grade(flags: Grade) -> dict:
 
 def load(flags: DataFlags):
     """The training images and those to evaluate on, with a line that says what they are."""
+    from tutorial_moco.distributed import first_goes_first
     from tutorial_moco.images import hold_out, load_images
 
     if not 0 <= flags.hold_out < 1:
         raise UsageError(f"--hold-out must be in [0, 1), not {flags.hold_out}")
-    how = {"image_size": flags.image_size, "on_bad_image": flags.on_bad_image}
-    train = load_images(flags.data, "train", **how)
+    how = {"image_size": flags.image_size, "on_bad_image": flags.on_bad_image, "progress": not PROCESS}
+    with first_goes_first():
+        train = load_images(flags.data, "train", **how)
+        test = None if flags.hold_out else load_images(flags.data, "test", **how)
     if flags.hold_out:
         train, test = hold_out(train, flags.hold_out)
-    else:
-        test = load_images(flags.data, "test", **how)
+    if PROCESS:
+        return train, test
     size = train.images.shape[-1]
     print(f"{train.name}: {len(train):,} training and {len(test):,} {test.split} images of {size} x {size} pixels, "
           f"{len(train.classes)} classes", file=sys.stderr)  # fmt: skip
@@ -348,6 +353,8 @@ def default_out(flags: RunFlags, name: str) -> Path:
     return Path("runs") / f"{stem}-{what}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
+PROCESS = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None  # which of those that torchrun started
+TOGETHER = ("compare", "pretrain", "evaluate")  # what torchrun may start
 COMMANDS = {
     "compare": (Compare, run_compare),
     "pretrain": (Pretrain, run_pretrain),
@@ -361,7 +368,9 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 2 wrong usage, 3 bad or missing data, 130 interrupted."""
+    """Run a command; returns its exit status: 0 done, 2 wrong usage, 3 bad or missing data, 4 another process was lost,
+    130 interrupted, 143 stopped.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -379,17 +388,34 @@ def run_command(name: str, *words: str) -> None:
         raise UsageError(f"{name} is no command: choose one of {', '.join(COMMANDS)}")
     flags_type, command = COMMANDS[name]
     flags = parse(flags_type, list(words), f"tutorial-moco {name}")
-    result = command(flags)
-    if flags.json:
+    with joined(name):
+        result = command(flags)
+    if flags.json and result:  # of several processes the first has it
         write_json(flags.json, result)
+
+
+@contextlib.contextmanager
+def joined(name: str):
+    """The processes that torchrun started, if it did, as one."""
+    if PROCESS is None:
+        yield
+        return
+    if name not in TOGETHER:
+        raise UsageError(f"{name} is for one process: torchrun is for {', '.join(TOGETHER)}")
+    from tutorial_moco.distributed import processes
+
+    with processes():
+        yield
 
 
 def exit_status(prog: str, work: Callable[[], None], again: str) -> int:
     """Do the work; a mistake that a user can mend, or Ctrl-C, ends in one line. ``again``: what the same command then does."""
     try:
         work()
-    except (UsageError, DataError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+    except (UsageError, DataError, LostProcess) as error:
+        if not (PROCESS and isinstance(error, UsageError)):  # which is the same for all, and the first has told it
+            who = f"{prog} (process {PROCESS})" if PROCESS or isinstance(error, LostProcess) else prog
+            print(f"{who}: {error}", file=sys.stderr)
         return error.exit_status
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; a name, so that --help need not wait for torch
@@ -397,7 +423,8 @@ def exit_status(prog: str, work: Callable[[], None], again: str) -> int:
         print(f"{prog}: the GPU's memory is full: take a smaller --batch-size or --image-size", file=sys.stderr)
         return UsageError.exit_status
     except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted; the same command {again}", file=sys.stderr)
+        if not PROCESS:
+            print(f"\n{prog}: interrupted; the same command {again}", file=sys.stderr)
         return 130
     return 0
 

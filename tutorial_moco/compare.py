@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tutorial_moco import figures
 from tutorial_moco.augment import plain_view, two_views
+from tutorial_moco.distributed import rank
 from tutorial_moco.evaluate import (
     KNN_K,
     KNN_TEMPERATURE,
@@ -68,10 +69,14 @@ def compare(
             recipe, train, test, minutes=minutes, out=folder, monitor=monitor, device=device, dtype=precision, compile=compile
         )  # fmt: skip
         features[recipe.mechanism] = features_of(run, train, test)
+        if rank():  # the first process judges and reports
+            continue
         accuracy = evaluate_features(*features[recipe.mechanism], train, test)
         results[recipe.mechanism] = {
             **accuracy, **run.summary(), "losses": run.losses, "monitor": run.monitor, "recipe": dataclasses.asdict(recipe),
         }  # fmt: skip
+    if rank():
+        return {}
     facts = provenance(train, device) | {"knn_k": KNN_K, "knn_temperature": KNN_TEMPERATURE}
     table = [HEAD] + [table_row(name, result) for name, result in results.items()]
     print(text_table(table))
@@ -133,6 +138,8 @@ def evaluate_checkpoint(path: Path, train_set: ImageSet, test_set: ImageSet) -> 
     device, dtype = default_device(), getattr(torch, state["dtype"])  # read in the format it was trained in
     encoder.to(device)
     features = [extract_features(encoder.backbone, images.images, dtype=dtype) for images in (train_set, test_set)]
+    if rank():
+        return {}
     accuracy = evaluate_features(*features, train_set, test_set)
     return {**provenance(train_set, device), **accuracy, "recipe": dataclasses.asdict(recipe), "steps": state["step"]}
 
@@ -213,4 +220,5 @@ def draw(
 
 def tell(line: str) -> None:
     """A line on what is being done, beside the progress bars."""
-    print(line, file=sys.stderr, flush=True)
+    if not rank():
+        print(line, file=sys.stderr, flush=True)

@@ -11,6 +11,15 @@ class UsageError(ValueError):
     exit_status = 2
 
 
+class LostProcess(RuntimeError):
+    """Of several processes one has ended without a word, is frozen, or cannot be reached. Names it, and how far it was."""
+
+    exit_status = 4
+
+    def __init__(self, who: str):
+        super().__init__(f"{who}; the same command goes on from the last checkpoint")
+
+
 class DataError(ValueError):
     """Images that are missing, damaged or unfit to learn from. Names the file or folder and the mend."""
 

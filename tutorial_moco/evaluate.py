@@ -16,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from tutorial_moco.augment import plain_view
+from tutorial_moco.distributed import filled_up, gather, mine
 from tutorial_moco.images import ImageSet
 from tutorial_moco.speed import autocast
 
@@ -28,15 +29,18 @@ def extract_features(
 ) -> Tensor:
     """Features of images as they are, without augmentation: uint8 (n, 3, H, W) to float32 (n, D) on the CPU.
 
+    Of several processes each makes its share, and has all in the end; all of them must call this.
+
     The backbone is left in the mode it was found in; its running statistics are used and not changed.
     """
     device = next(backbone.parameters()).device
     was_training = backbone.training
     backbone.eval()
+    share = mine(filled_up(torch.arange(len(images))))
     with autocast(device, dtype):
-        features = [backbone(plain_view(batch.to(device))).float().cpu() for batch in images.split(batch_size)]
+        features = [backbone(plain_view(images[few].to(device))).float().cpu() for few in share.split(batch_size)]
     backbone.train(was_training)
-    return torch.cat(features)
+    return gather(torch.cat(features))[: len(images)]
 
 
 def pixel_features(images: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ SimCLR         both views, now            back-propagation (same encoder) two ba
 MoCoV3         the other view, now        momentum                        the batch
 =============  =========================  ==============================  =======================================
 
-Shapes: N images of a batch, C dimensions, K negatives.
+Shapes: N images of a batch, C dimensions, K negatives. Of several processes each has N images of its own (`distributed`), and
+all have the same dictionary: queries meet the keys of all, and what is written is gathered first.
 """
 
 from abc import ABC, abstractmethod
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tutorial_moco.distributed import gather, gather_views, mine, my_views
 from tutorial_moco.encoders import Encoder, build_predictor
 from tutorial_moco.randomness import permutation
 
@@ -46,6 +48,10 @@ class Mechanism(nn.Module, ABC):
     @abstractmethod
     def contrast(self, view_q: Tensor, view_k: Tensor, index: Tensor) -> Contrast:
         """Encode two views (N, 3, H, W) of the images ``index`` (N,). Changes nothing but BatchNorm's running statistics."""
+
+    def forward(self, *batch: Tensor) -> Contrast:
+        """`contrast`, under the name by which DistributedDataParallel calls it."""
+        return self.contrast(*batch)
 
     @abstractmethod
     def update_key_encoder(self) -> None:
@@ -70,7 +76,8 @@ class EndToEnd(Mechanism):
 
     def contrast(self, view_q: Tensor, view_k: Tensor, index: Tensor) -> Contrast:
         q, k = self.encoder(view_q), self.key_encoder(view_k)
-        return Contrast(q, k, negatives=k, exclude=torch.eye(len(q), dtype=torch.bool, device=q.device))
+        keys = gather(k)
+        return Contrast(q, k, negatives=keys, exclude=mine(torch.eye(len(keys), dtype=torch.bool, device=q.device)))
 
     def update_key_encoder(self) -> None:
         pass  # the optimizer has done it
@@ -108,7 +115,7 @@ class MemoryBank(Mechanism):
         Published banks are not filled. But a random vector tells nothing of its image, and as a positive it only pulls the
         encoder astray: the whole first epoch, and half of the key for the whole second.
         """
-        self.bank[index] = self.encoder(view)
+        self.bank[gather(index)] = gather(self.encoder(view))
 
     def contrast(self, view_q: Tensor, view_k: Tensor, index: Tensor) -> Contrast:
         q = self.encoder(view_q)
@@ -123,7 +130,8 @@ class MemoryBank(Mechanism):
 
     @torch.no_grad()
     def update_dictionary(self, contrast: Contrast, index: Tensor) -> None:
-        self.bank[index] = F.normalize(torch.lerp(contrast.q, self.bank[index], self.momentum), dim=1)
+        q, index = gather(contrast.q), gather(index)
+        self.bank[index] = F.normalize(torch.lerp(q, self.bank[index], self.momentum), dim=1)
         self.steps += 1
 
     @property
@@ -158,8 +166,8 @@ class MoCo(Mechanism):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("born", torch.full((K,), -1))
 
-    def contrast(self, view_q: Tensor, view_k: Tensor, index: Tensor) -> Contrast:
-        q, k = self.encoder(view_q), self.encode_keys(view_k)
+    def contrast(self, view_q: Tensor, view_k: Tensor, index: Tensor, *order: Tensor) -> Contrast:
+        q, k = self.encoder(view_q), self.encode_keys(view_k, *order)
         if self.symmetric:
             q, k = torch.cat([q, self.encoder(view_k)]), torch.cat([k, self.encode_keys(view_q)])
         return Contrast(q, k, self.queue)
@@ -170,19 +178,29 @@ class MoCo(Mechanism):
         torch._foreach_lerp_(keys, queries, 1 - self.m)  # all parameters in a few calls, not one call each
 
     def update_dictionary(self, contrast: Contrast, index: Tensor) -> None:
-        self.enqueue(contrast.k)
+        self.enqueue(gather_views(contrast.k, len(index)))
 
     @property
     def dictionary_bytes(self) -> int:
         return self.queue.nbytes
 
+    def order(self, B: int) -> Tensor:
+        """The order in which the key encoder sees a batch of B images at this step, int64 (B,)."""
+        return permutation(B, self.seed, self.steps, device=self.queue.device)
+
     @torch.no_grad()
-    def encode_keys(self, view: Tensor) -> Tensor:
-        """Keys (N, C) of a view (N, 3, H, W), without gradient, in the view's order."""
-        if not self.shuffle:
-            return self.key_encoder(view)
-        order = permutation(len(view), self.seed, self.steps, device=view.device)
-        return self.key_encoder(view[order])[torch.argsort(order)]
+    def encode_keys(self, view: Tensor, order: Tensor | None = None) -> Tensor:
+        """Keys (N, C) of a view (N, 3, H, W), without gradient, in the batch's order.
+
+        Args:
+            order: int64 (B,), if the view already shows this process's part of the whole batch in that order: so the loader
+                has shuffled, and between processes keys travel, not images. Else the view is in the batch's order.
+        """
+        if self.shuffle and order is None:
+            order = self.order(len(view))
+            view = view[order]
+        keys = self.key_encoder(view)
+        return keys if order is None else mine(gather(keys)[torch.argsort(order)])
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -209,9 +227,10 @@ class SimCLR(Mechanism):
 
     def contrast(self, view_q: Tensor, view_k: Tensor, index: Tensor) -> Contrast:
         z = self.encoder(torch.cat([view_q, view_k]))
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        partner = itself.roll(len(index), dims=0)
-        return Contrast(z, z.roll(len(index), dims=0), negatives=z, exclude=itself | partner)
+        every = gather_views(z, len(index))
+        itself = torch.eye(len(every), dtype=torch.bool, device=z.device)
+        partner = itself.roll(len(every) // 2, dims=0)
+        return Contrast(z, z.roll(len(index), dims=0), negatives=every, exclude=my_views(itself | partner, 2))
 
     def update_key_encoder(self) -> None:
         pass  # the optimizer has done it
@@ -241,10 +260,11 @@ class MoCoV3(Mechanism):
         q = torch.cat([self.predictor(self.encoder.project(view)) for view in (view_q, view_k)])
         with torch.no_grad():
             k = torch.cat([self.key_encoder(view) for view in (view_k, view_q)])
-        of_other_view = torch.eye(2, dtype=torch.bool, device=q.device).logical_not().repeat_interleave(len(index), 0)
-        itself = torch.eye(len(k), dtype=torch.bool, device=q.device)
-        exclude = itself | of_other_view.repeat_interleave(len(index), 1)
-        return Contrast(F.normalize(q.float(), dim=1), k, negatives=k, exclude=exclude)
+        keys = gather_views(k, len(index))
+        of_other_view = torch.eye(2, dtype=torch.bool, device=q.device).logical_not()
+        of_other_view = of_other_view.repeat_interleave(len(keys) // 2, 0).repeat_interleave(len(keys) // 2, 1)
+        itself = torch.eye(len(keys), dtype=torch.bool, device=q.device)
+        return Contrast(F.normalize(q.float(), dim=1), k, negatives=keys, exclude=my_views(itself | of_other_view, 2))
 
     update_key_encoder = MoCo.update_key_encoder  # the predictor has no slow copy
 

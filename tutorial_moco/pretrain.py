@@ -12,8 +12,22 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tutorial_moco.augment import AUGMENTATIONS, RecordedViews, plain_view, two_views
+from tutorial_moco.augment import AUGMENTATIONS, RecordedViews, one_view, plain_view, two_views
 from tutorial_moco.checkpoint import load_checkpoint, pack, previous_of, save_checkpoint, unpack
+from tutorial_moco.distributed import (
+    at_step,
+    average_,
+    filled_up,
+    from_first,
+    gather,
+    highest,
+    mean,
+    mine,
+    rank,
+    replica_of,
+    share_of,
+    world,
+)
 from tutorial_moco.encoders import Encoder, build_encoder
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1, notebooks_knn_top1
@@ -61,6 +75,7 @@ class Run:
     peak_memory_bytes: int = 0
     device: torch.device = field(default_factory=default_device)
     views: Callable[..., tuple[Tensor, Tensor]] = two_views
+    replica: nn.Module | None = None  # of several processes: the mechanism, with gradients averaged over all
 
     @property
     def images_seen(self) -> int:
@@ -122,7 +137,7 @@ def pretrain(
     steps_of_epoch = len(train) // recipe.batch_size
     total = 60 * minutes if minutes else recipe.epochs * steps_of_epoch
     moments = [(i + 1) / monitor for i in range(monitor)] if isinstance(monitor, int) else [e / recipe.epochs for e in monitor]
-    saved = time.monotonic()
+    saved, caught = time.monotonic(), 0
     with progress_bar(run, total, bool(minutes), progress) as bar, Stop() as stop:
         for epoch, index in batches(len(train), recipe, run.step, device):
             done = (run.seconds if minutes else run.step) / total
@@ -132,41 +147,51 @@ def pretrain(
             if out is not None and time.monotonic() - saved > SAVE_EVERY:
                 save_run(run, out)
                 saved = time.monotonic()
-            if done >= 1 or stop.caught:
+            if done >= 1 or caught:
                 break
             set_learning_rate(run.optimizer, recipe, done)
             start_time = time.perf_counter()
-            loss, contrast = train_step(run, images.index_select(0, index), index, epoch)
+            loss, contrast = train_step(run, images.index_select(0, part(run, index)), index, epoch)
             run.window.append(loss)
             if is_logged(run.step):
                 log(run, contrast, steps_of_epoch)
             spent = time.perf_counter() - start_time  # on a GPU up to the loss: the rest of a step runs into the next
+            spent, caught = highest(spent, stop.caught or 0, device=device)  # so all processes stop after the same step
             run.seconds += spent
             show(bar, run, spent if minutes else 1)
+        stop.tell(caught)
     synchronize(device)
     run.peak_memory_bytes = max(run.peak_memory_bytes, peak_memory_bytes(device))
     if out is not None:
         save_run(run, out)
-        if stop.caught:
+        if stop.caught and not rank():
             print(f"\n{stop.caught.name}: step {run.step:,} is done and saved in {out}", file=sys.stderr)
     stop.obey()
     return run
 
 
 def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[float, Contrast]:
-    """Algorithm 1 of the paper, lines 5 to 14, for the images (N, 3, H, W) whose numbers are ``index`` (N,).
+    """Algorithm 1 of the paper, lines 5 to 14.
+
+    Args:
+        images: uint8 (N, 3, H, W), those that `part` names of the batch.
+        index: int64 (B,), the numbers of the whole batch's images.
+
+    Returns:
+        The loss, the mean over the batch, and what it was made of.
 
     Raises:
         UsageError: the loss is not finite; weights, key encoder and dictionary are as they were before the step
             (BatchNorm's running statistics are not: the views have been through the encoders).
     """
-    recipe, mechanism = run.recipe, run.mechanism
+    mechanism = run.mechanism
     with products_in(run.dtype):
-        view_q, view_k = run.views(images, index, recipe.augmentation, seed=recipe.seed, epoch=epoch)
+        batch = views_of(run, images, index, epoch)
+        index = mine(index)
         with autocast(images.device, run.dtype):
-            contrast = mechanism.contrast(view_q, view_k, index)
+            contrast = (run.replica or mechanism.contrast)(*batch)
         loss = loss_of(run, contrast)
-        value = loss.item()
+        (value,) = mean(loss, device=images.device)
         if not math.isfinite(value):
             where = f"the loss is {value} at step {run.step + 1}, {_not_finite(contrast, index)}"
             raise UsageError(f"{where}: try a lower --lr or a higher --temperature")
@@ -174,17 +199,39 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
         loss.backward()
     run.optimizer.step()
     if is_logged(run.step + 1):  # before the queue is written: it is what contrast.negatives looks at
-        run.pretext_accuracy = pretext_accuracy(*contrast)
+        (run.pretext_accuracy,) = mean(pretext_accuracy(*contrast), device=images.device)
     mechanism.update_key_encoder()
     mechanism.update_dictionary(contrast, index)
+    average_([buffer for name, buffer in mechanism.named_buffers() if ".running_" in name])  # BatchNorm's statistics
     run.step += 1
+    at_step(run.step)
     return value, contrast
 
 
+def part(run: Run, index: Tensor) -> Tensor:
+    """Numbers of the images that this process needs of a batch (B,): its queries', and its keys' if those are shuffled."""
+    if world() == 1 or not run.recipe.shuffle:
+        return mine(index)
+    return torch.cat([mine(index), mine(index[run.mechanism.order(len(index))])])
+
+
+def views_of(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, ...]:
+    """What `contrast` takes: views of the images of `part`, numbers of the queries' images, and the order of shuffled keys."""
+    own, how = mine(index), {"seed": run.recipe.seed, "epoch": epoch}
+    if len(images) == len(own):
+        return *run.views(images, own, run.recipe.augmentation, **how), own
+    order = run.mechanism.order(len(index))
+    queries, keys = images.split(len(own))
+    view_q = one_view(queries, own, run.recipe.augmentation, 0, **how)
+    view_k = one_view(keys, mine(index[order]), run.recipe.augmentation, 1, **how)
+    return view_q, view_k, own, order
+
+
 def _not_finite(contrast: Contrast, index: Tensor) -> str:
-    """Which images of the batch (N,) have a query or a key that is not finite; both views' rows if the loss is symmetric."""
+    """Which images of the batch have a query or a key that is not finite; both views' rows if the loss is symmetric."""
     finite = contrast.q.isfinite().all(dim=1) & contrast.k.isfinite().all(dim=1)
-    numbers = index[~finite.view(-1, len(index)).all(dim=0)].tolist()
+    finite, index = gather(finite.view(-1, len(index)).all(dim=0)), gather(index)
+    numbers = index[~finite].tolist()
     if not numbers:
         return "though each query and key is finite"
     if len(numbers) == len(index):
@@ -198,7 +245,8 @@ def loss_of(run: Run, contrast: Contrast) -> Tensor:
     temperature = run.recipe.temperature
     if run.recipe.loss == "info_nce":
         return info_nce(q, k, negatives, temperature, exclude)
-    return nce(q, k, negatives, temperature, run.n, estimate_log_z(q, negatives, temperature, run.n), exclude)
+    log_z = estimate_log_z(gather(q.detach()), negatives, temperature, run.n)
+    return nce(q, k, negatives, temperature, run.n, log_z, exclude)
 
 
 def descend(
@@ -260,7 +308,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, done: fl
 
 
 def check(recipe: Recipe, n: int, minutes: float | None) -> None:
-    """What a recipe must satisfy for n images."""
+    """What a recipe must satisfy for n images, and for the processes that share its batches."""
+    share_of(recipe.batch_size)
+    if world() > 1 and recipe.shuffle and recipe.symmetric:
+        raise UsageError(f"--shuffle with --symmetric is for one process, not {world()}: leave one of the two out")
     if recipe.batch_size > n:
         raise UsageError(f"--batch-size must be at most the number of training images, {n}, not {recipe.batch_size}")
     if recipe.mechanism == "memory_bank" and n - 1 < recipe.K:
@@ -283,13 +334,14 @@ def start(
     torch.manual_seed(recipe.seed)
     sample = plain_view(train.images[permutation(len(train), recipe.seed)[:5000]])
     encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm, images=sample).to(device)
-    dtype = dtype or choose_precision(encoder, sample[:128].to(device))
+    dtype = dtype or from_first(choose_precision(encoder, sample[:128].to(device)))
     mechanism = build_mechanism(recipe, encoder, len(train)).to(device)
     run = Run(recipe, mechanism, build_optimizer(recipe, mechanism), dtype, len(train), train.hash, device=device)
     if isinstance(mechanism, MemoryBank):
         fill_bank(run, train.images)
     if compile:  # at the end, since a bank is filled in batches of other lengths, and each would be compiled
         compile_run(run)
+    run.replica = replica_of(mechanism)
     return run
 
 
@@ -309,10 +361,11 @@ def compile_run(run: Run) -> None:
 def fill_bank(run: Run, images: Tensor) -> None:
     """One pass of the untrained encoder gives each image a key to begin with; its time counts as training."""
     began = time.perf_counter()
-    order = permutation(run.n, run.recipe.seed, 0)
+    order = filled_up(permutation(run.n, run.recipe.seed, 0)).view(-1, world())
     for index in order.tensor_split(math.ceil(run.n / run.recipe.batch_size)):  # parts alike: BatchNorm wants no odd rest
+        own = mine(index.flatten())
         with autocast(run.device, run.dtype):
-            run.mechanism.fill(plain_view(images[index].to(run.device)), index.to(run.device))
+            run.mechanism.fill(plain_view(images[own].to(run.device)), own.to(run.device))
     synchronize(run.device)
     run.seconds += time.perf_counter() - began
 
@@ -337,7 +390,12 @@ def build_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
 
 
 def save_run(run: Run, out: Path) -> None:
-    """Everything that going on needs, into ``out/checkpoint.safetensors``; the one before stays beside it."""
+    """Everything that going on needs, into ``out/checkpoint.safetensors``; the one before stays beside it.
+
+    All processes hold the same; the first one writes it.
+    """
+    if rank():
+        return
     state = {
         "recipe": run.recipe.to_json(), "dtype": str(run.dtype).removeprefix("torch."), "step": run.step,
         "seconds": run.seconds, "window": run.window, "losses": run.losses, "monitor": run.monitor,
@@ -388,7 +446,11 @@ def resume(run: Run, out: Path) -> None:
     run.dtype = getattr(torch, state["dtype"])
     for name in ("step", "seconds", "window", "losses", "monitor", "peak_memory_bytes"):
         setattr(run, name, state[name])
-    print(f"going on from step {run.step:,} in {out}", file=sys.stderr)
+    if run.step != (first := from_first(run.step)):
+        where = f"step {run.step:,} for process {rank()}, at {first:,} for the first"
+        raise DataError(f"--out {out} is at {where}: name a folder that all machines share")
+    if not rank():
+        print(f"going on from step {run.step:,} in {out}", file=sys.stderr)
 
 
 def last_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, object]] | None:
@@ -451,8 +513,9 @@ def watch(run: Run, train: ImageSet, test: ImageSet) -> None:
 def progress_bar(run: Run, total: float, by_time: bool, progress: bool) -> tqdm:
     """A bar over seconds or steps."""
     unit = "{n:.0f}/{total:.0f} s" if by_time else "{n}/{total} steps"
+    hidden = not progress or rank() > 0
     return tqdm(
-        total=total, initial=run.seconds if by_time else run.step, desc=f"{run.recipe.mechanism:11}", disable=not progress,
+        total=total, initial=run.seconds if by_time else run.step, desc=f"{run.recipe.mechanism:11}", disable=hidden,
         bar_format="{desc} {percentage:3.0f}% |{bar:24}| " + unit + "{postfix}", mininterval=0.5,
     )  # fmt: skip
 

@@ -3,7 +3,10 @@
 import contextlib
 import signal
 import threading
+import time
 from types import FrameType
+
+AT_ONCE = 1.0  # seconds: torchrun passes on the Ctrl-C that its processes have had from the terminal, too
 
 
 class Stop(contextlib.AbstractContextManager):
@@ -28,8 +31,16 @@ class Stop(contextlib.AbstractContextManager):
         self._before = {}
 
     def _catch(self, number: int, _frame: FrameType | None) -> None:
-        self.caught = signal.Signals(number)
-        self._restore()
+        if self.caught is None:
+            self.caught, self._when = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._when > AT_ONCE:
+            self._restore()
+            signal.raise_signal(number)
+
+    def tell(self, number: float) -> None:
+        """Of a signal that another process has caught; 0 is none."""
+        if number and self.caught is None:
+            self.caught = signal.Signals(int(number))
 
     def obey(self) -> None:
         """End as the signal asked, if one was caught, once all is saved.

@@ -13,6 +13,7 @@ ELSEWHERE = {  # promise: the best test of it that we found in other projects
     "damage is found before it is parsed": "none found",
     "no file is run": "Composer: a marker file must not appear",
     "stopped, no step is lost": "Lightning: simulated signal, exit 143",
+    "no process waits for one that is lost": "none found",
     "any configuration trains or is told in a line": "none found",
 }
 HEAD = """# What is promised when things go wrong, and how it was tried

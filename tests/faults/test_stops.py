@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("resource", reason="these faults are made with signals")
 
-from trainings import FULL, RECIPES, STEPS, begin, finish, steps_done
+from trainings import FULL, RECIPES, STEPS, begin, finish, steps_done, wait_until
 
 from tutorial_moco.checkpoint import load_checkpoint
+from tutorial_moco.stopping import AT_ONCE
 
 KILLS = 17 if FULL else 3  # of each mechanism
 
@@ -20,13 +21,6 @@ KILLS = 17 if FULL else 3  # of each mechanism
 def whole(tmp_path_factory):
     """The digest of each mechanism's run that nothing disturbed."""
     return {name: finish(name, tmp_path_factory.mktemp(name)) for name in RECIPES}
-
-
-def wait_until(holds, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -68,8 +62,8 @@ def test_stopped_a_run_saves_the_step_it_was_at_and_loses_none(number, whole, tm
 def test_a_second_signal_ends_at_once(tmp_path):
     process = begin("moco", tmp_path, pause=20.0)
     wait_until(lambda: steps_done(tmp_path) >= 1)
-    for _ in range(2):
+    for _ in range(2):  # well apart: torchrun hands on at once what its processes have had from the terminal, too
         os.kill(process.pid, signal.SIGTERM)
-        time.sleep(0.2)
+        time.sleep(1.2 * AT_ONCE)
     process.join(5)
     assert process.exitcode == -signal.SIGTERM

@@ -1,14 +1,16 @@
-"""A short training to be killed, stopped and started again, in a process of its own that starts quickly."""
+"""A short training to be killed, stopped and started again: in a process of its own that starts quickly, or by torchrun."""
 
 import hashlib
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from tutorial_moco import cli, distributed
 from tutorial_moco import pretrain as training
 from tutorial_moco.checkpoint import pack
 from tutorial_moco.images import ImageSet
@@ -41,28 +43,60 @@ def finish(name: str, out: Path) -> str:
     process = begin(name, out)
     process.join(60)
     assert process.exitcode == 0, f"{out / 'log'}: {(out / 'log').read_text()}"
-    return (out / "digest").read_text()
+    return (out / "digest-0").read_text()
 
 
-def steps_done(out: Path) -> int:
-    """Steps that the training says it has finished."""
-    path = out / "steps"
-    return int(path.read_text() or 0) if path.exists() else 0
+def torchrun(W: int, name: str, out: Path, pause: float = 0.0, *, silence: float = 60, how=(), inside=()):
+    """The same by torchrun, as W processes; what all say is in out/log.
+
+    Args:
+        how: torchrun's own flags. inside: words of a command that runs it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TUTORIAL_MOCO_SILENCE": str(silence)}
+    where = how or ("--standalone", "--nproc-per-node", str(W))
+    words = [*inside, sys.executable, "-m", "torch.distributed.run", *where, __file__, name, str(out), str(pause)]
+    with open(out / "log", "a") as log:
+        return subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def processes_of(out: Path) -> list[int]:
+    """The process numbers of the ranks, in their order, as far as they have begun a step."""
+    return [int(path.read_text().split()[1]) for path in sorted(out.glob("steps-*")) if path.suffix != ".part"]
+
+
+def steps_done(out: Path, r: int = 0) -> int:
+    """Steps that rank r of the training says it has finished."""
+    path = out / f"steps-{r}"
+    return int(path.read_text().split()[0]) if path.exists() else 0
+
+
+def wait_until(holds, seconds: float = 30.0) -> None:
+    """Look again and again whether it holds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.002)
 
 
 def _train(name: str, out: Path, pause: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log", "a", buffering=1)  # noqa: SIM115 - for as long as the process lives
     sys.stderr = sys.stdout = log
+    train(name, out, pause)
+
+
+def train(name: str, out: Path, pause: float) -> None:
+    """The training, with a pause after each step, and its digest."""
     torch.set_num_threads(1)
-    step = training.train_step
+    step, told_in = training.train_step, f"steps-{distributed.rank()}"
 
     def told(run, *rest):
         found = step(run, *rest)
-        handle = os.open(out / "steps.part", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.write(handle, str(run.step).encode())
+        handle = os.open(out / f"{told_in}.part", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.write(handle, f"{run.step} {os.getpid()}".encode())
         os.close(handle)
-        os.replace(out / "steps.part", out / "steps")
+        os.replace(out / f"{told_in}.part", out / told_in)
         time.sleep(pause)
         return found
 
@@ -76,4 +110,18 @@ def _train(name: str, out: Path, pause: float) -> None:
     records = [[point[field] for field in ("step", "loss", "pretext_accuracy", "filled")] for point in run.losses]
     records.append([point["knn_top1"] for point in run.monitor])
     digest.update(repr([run.step, records]).encode())
-    (out / "digest").write_text(digest.hexdigest())
+    (out / f"digest-{distributed.rank()}").write_text(digest.hexdigest())
+
+
+def main() -> int:
+    """One of torchrun's processes."""
+
+    def work() -> None:
+        with cli.joined("pretrain"):
+            train(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
+
+    return cli.exit_status("tutorial-moco", work, "goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

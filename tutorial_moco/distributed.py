@@ -1,0 +1,241 @@
+"""Several processes that train as one: those that torchrun started, and the few exchanges between them.
+
+W processes share a batch of B images: process r has rows r B / W to (r + 1) B / W. In one process each exchange is an identity,
+so code that uses them reads, and computes, as if there were no others.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tutorial_moco.errors import LostProcess, UsageError
+
+BEAT = 1.0  # seconds between two signs of life
+SILENCE = float(os.environ.get("TUTORIAL_MOCO_SILENCE", 60))  # seconds without one until a process is given up
+_heart: "Heart | None" = None
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Join the processes that torchrun started, as its environment tells, until the end of the block; alone it does nothing.
+
+    Tensors on GPUs travel by NCCL, others by gloo.
+
+    Raises:
+        LostProcess: another one has ended without a word, is frozen, or cannot be reached.
+    """
+    global _heart
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, r, W = next(dist.rendezvous("env://"))
+    dist.init_process_group(store=store, rank=r, world_size=W)
+    _heart = Heart(dist.PrefixStore("beats", store), r, W)
+    try:
+        yield
+    except RuntimeError as error:  # what gloo says when a connection is gone
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once, and nobody would say what has happened
+        if lost := _heart.lost():
+            raise LostProcess(lost) from error
+        raise
+    finally:
+        _heart.stopped.set()
+        _heart = None
+        dist.destroy_process_group()
+
+
+def at_step(step: int) -> None:
+    """Tell the others how far this process is."""
+    if _heart is not None:
+        _heart.step = step
+
+
+class Heart:
+    """Tells the others each second that this process lives, and looks whether they do.
+
+    Without it a process that is frozen, or behind a cut cable, would leave the others waiting for half an hour, and none could
+    say for whom. The first process looks at all, the others at the first: that is 2 W messages a second.
+    """
+
+    def __init__(self, store: dist.Store, r: int, W: int):
+        self.store, self.rank, self.step, self.beats = store, r, 0, 0
+        self.heard = {other: ("1 0", time.monotonic()) for other in range(W) if other != r and 0 in (r, other)}
+        self.stopped = threading.Event()
+        for work in (self.talk, self.judge):  # two, because a talk over a cut cable does not come back
+            threading.Thread(target=work, daemon=True).start()
+
+    def talk(self) -> None:
+        """Say how far this process is, and hear how far the others are."""
+        while not self.stopped.wait(BEAT):
+            self.beats += 1
+            with contextlib.suppress(RuntimeError):  # the store is with the first process's torchrun: it may be gone
+                self.store.set(str(self.rank), f"{self.beats} {self.step}")
+                for other, (before, _) in self.heard.items():
+                    sign = self.store.get(str(other)).decode() if self.store.check([str(other)]) else before  # get would wait
+                    if sign != before:
+                        self.heard[other] = sign, time.monotonic()
+
+    def judge(self) -> None:
+        """End this process if another is silent for too long: the main thread may be waiting for it in an exchange."""
+        while not self.stopped.wait(BEAT):
+            if lost := self.silent(SILENCE):
+                print(f"tutorial-moco (process {self.rank}): {LostProcess(lost)}", file=sys.stderr, flush=True)
+                os._exit(LostProcess.exit_status)
+
+    def silent(self, seconds: float) -> str:
+        """Who has not been heard of for so long, as a sentence; "" if all have."""
+        now = time.monotonic()
+        return " and ".join(
+            f"process {other} has not been heard of for {now - when:.0f} s, since step {int(sign.split()[1]):,}"
+            for other, (sign, when) in self.heard.items()
+            if now - when > seconds
+        )
+
+    def lost(self) -> str:
+        """As `silent`, of a moment from now: after an exchange has failed, whoever does not beat any more."""
+        time.sleep(4 * BEAT)
+        return self.silent(2.5 * BEAT)
+
+
+def world() -> int:
+    """W, the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 .. W - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def mine(rows: Tensor) -> Tensor:
+    """This process's rows (B / W, ...) of a batch (B, ...)."""
+    return rows.chunk(world())[rank()]
+
+
+def filled_up(rows: Tensor) -> Tensor:
+    """Rows (n, ...) and some of the first ones again, so that there are as many for each process."""
+    return rows[torch.arange(math.ceil(len(rows) / world()) * world()) % len(rows)]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """All processes' rows (B, ...) of each one's own (B / W, ...), in the batch's order.
+
+    The gradient comes back to the process that made a row, summed over the processes that used it.
+    """
+    return rows if world() == 1 else _Gather.apply(rows)
+
+
+def gather_views(rows: Tensor, n: int) -> Tensor:
+    """`gather` of rows that are V views of n images each, (V n, ...) to (V W n, ...): each view's in the batch's order."""
+    return torch.cat([gather(view) for view in rows.split(n)])
+
+
+def my_views(rows: Tensor, views: int) -> Tensor:
+    """`mine` of rows that are so many views of a batch."""
+    return torch.cat([mine(view) for view in rows.chunk(views)])
+
+
+class _Gather(torch.autograd.Function):
+    """torch.distributed.nn has one that is deprecated, and its successor is private."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(world())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return mine(grad)
+
+
+def mean(*values: float | Tensor, device: torch.device) -> list[float]:
+    """The mean of each number over the processes; one that is not finite anywhere makes it not finite everywhere."""
+    return [value / world() for value in _reduced(values, dist.ReduceOp.SUM, device)]
+
+
+def highest(*values: float, device: torch.device) -> list[float]:
+    """The highest of each number over the processes: the time of the slowest, a signal that any of them has caught."""
+    return _reduced(values, dist.ReduceOp.MAX, device)
+
+
+def _reduced(values: Sequence[float | Tensor], how: dist.ReduceOp, device: torch.device) -> list[float]:
+    values = [value.detach() if isinstance(value, Tensor) else value for value in values]
+    if world() == 1:
+        return [float(value) for value in values]
+    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    dist.all_reduce(stacked, how)
+    return stacked.tolist()
+
+
+@torch.no_grad()
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Put the mean over the processes into float32 tensors, in one exchange."""
+    if world() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, values in zip(tensors, (flat / world()).split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(values.view_as(tensor))
+
+
+def replica_of(module: nn.Module) -> nn.Module | None:
+    """The module with its gradients averaged over the processes, overlapping with the backward pass; None if this one is alone.
+
+    Buffers are not copied about at each step: they are equal by what they are made of.
+    """
+    if world() == 1:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the argument's new name came with torch 2.14
+        return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def from_first(value: object) -> object:
+    """What the first process has, for all: a choice that was measured, say."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+@contextlib.contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The first process does the block before the others: what it has downloaded or decoded, they find."""
+    if world() > 1 and rank():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if world() > 1 and not rank():
+            dist.barrier()
+
+
+def share_of(batch_size: int) -> int:
+    """B / W.
+
+    Raises:
+        UsageError: it is no whole number, or below 2.
+    """
+    if batch_size % world() or batch_size // world() < 2:
+        raise UsageError(
+            f"--batch-size {batch_size} is not to be shared by {world()} processes: take a multiple, {2 * world()} or more"
+        )
+    return batch_size // world()
