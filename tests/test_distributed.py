@@ -200,6 +200,29 @@ def test_an_image_that_is_not_finite_on_one_process_stops_all_and_is_named_by_al
         assert unchanged
 
 
+def bent(recipe):
+    """A step in which the loss of the second process alone has no finite gradient."""
+    images = random_images()
+    run = training.start(recipe, images, CPU, torch.float32)
+    epoch, index = next(training.batches(len(images), recipe, 0, CPU))
+    loss_of, before = training.loss_of, hash_of(run.mechanism)
+
+    def poison(run, contrast):
+        loss = loss_of(run, contrast)
+        return loss + (loss - loss.detach()).sqrt() if distributed.rank() else loss
+
+    with mock.patch.object(training, "loss_of", poison), pytest.raises(UsageError) as error:
+        training.train_step(run, images.images[training.part(run, index)], index, epoch)
+    return str(error.value), hash_of(run.mechanism) == before
+
+
+def test_a_gradient_that_is_not_finite_on_one_process_stops_all():
+    for said, unchanged in together(2, bent, BASE):
+        assert "the gradient's length is" in said
+        assert "at step 1" in said
+        assert unchanged
+
+
 def refused(recipe):
     with pytest.raises(UsageError) as error:
         training.check(recipe, 64, None)

@@ -665,6 +665,13 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         answer = self.server.answer
         self.server.hits += 1
+        if answer == "better at the third try":  # torchvision asks twice a try: first where it has moved to
+            answer = {1: "500", 3: "cut off"}.get(self.server.hits, "whole")
+        if answer == "elsewhere" and self.path != "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/moved")
+            self.end_headers()
+            return
         self.send_response(500 if answer == "500" else 200)
         content = b"" if answer == "500" else self.server.content
         self.send_header("Content-Length", str(len(content)))
@@ -684,6 +691,7 @@ def server(monkeypatch):
         found.answer, found.hits, found.content = "whole", 0, content
         kind = datasets.CIFAR10
         monkeypatch.setattr(kind, "url", f"http://127.0.0.1:{found.server_port}/cifar-10-python.tar.gz")
+        monkeypatch.setattr(images, "RETRIES", (0.0, 0.0))
         monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(content).hexdigest())
         monkeypatch.setattr(kind, "train_list", [[name, sums[name]] for name in sums if name.startswith("data")])
         monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
@@ -708,6 +716,19 @@ def test_a_download_is_kept_and_cached(server, cache):
     assert load("cifar10", image_size=16).images.shape == (20, 3, 16, 16)  # from the archive that was kept
     assert server.hits == hits
     assert sorted(file.suffix for file in cache.iterdir()) == [".gz", ".safetensors", ".safetensors"]
+
+
+def test_a_download_that_fails_is_tried_again(server, cache, capsys):
+    server.answer = "better at the third try"
+    assert len(load("cifar10")) == 20
+    assert server.hits == 5
+    said = capsys.readouterr().err
+    assert said.count("cifar10 could not be downloaded (") == said.count("once more in 0 s") == 2
+
+
+def test_a_download_that_has_moved_is_followed(server, cache):
+    server.answer = "elsewhere"
+    assert len(load("cifar10")) == 20
 
 
 @pytest.mark.parametrize("answer", ["500", "cut off", "wrong bytes", "refused"])

@@ -385,6 +385,29 @@ def test_images_that_make_the_loss_not_finite_are_named_and_nothing_has_been_cha
         assert torch.equal(tensor, before[key]), key
 
 
+POISONS = {  # of the loss; the second leaves it as it is
+    "the loss is nan at step 4": lambda loss: loss * math.nan,
+    "the gradient's length is nan at step 4, where the loss is": lambda loss: loss + (loss - loss.detach()).sqrt(),
+}
+
+
+@pytest.mark.parametrize("said", POISONS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_loss_or_gradient_that_is_not_finite_leaves_all_as_it_was(name, said, monkeypatch):
+    """BatchNorm's running statistics, too, though they have seen the batch."""
+    run, images = training.start(BASE.replace(**VARIANTS[name]), random_images(), CPU, torch.float32), random_images().images
+    (*first, (_, last)) = islice(training.batches(64, run.recipe, 0, CPU), 4)
+    for _, index in first:
+        training.train_step(run, images[index], index, 0)
+    before, loss_of = {key: tensor.clone() for key, tensor in tensors_of(run).items()}, training.loss_of
+    monkeypatch.setattr(training, "loss_of", lambda run, contrast: POISONS[said](loss_of(run, contrast)))
+    with pytest.raises(UsageError, match=f"{said}.*: try a lower --lr"):
+        training.train_step(run, images[last], last, 0)
+    assert run.step == 3
+    for key, tensor in tensors_of(run).items():
+        assert torch.equal(tensor, before[key]), key
+
+
 @pytest.mark.parametrize("step", [1, 4, 7])
 def test_a_loss_that_is_not_finite_ends_the_run_wherever_it_comes_up(step, monkeypatch, tmp_path):
     poison_from(monkeypatch, step)

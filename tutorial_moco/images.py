@@ -18,6 +18,7 @@ import socket
 import sys
 import tarfile
 import tempfile
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,7 @@ from tutorial_moco.speed import machine_memory
 
 DOWNLOADS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # the classes in torchvision.datasets
 SHAPES = {"train": (10_000, 0), "test": (2_000, 1)}  # how many, and the seed they are drawn from
+RETRIES = (1.0, 4.0)  # seconds between a download that failed and the next try
 KEEP_UP_TO, FALLBACK_SIZE = 96, 64
 CACHE_FORMAT = b"1"  # goes into every key: raise it when the same input would give other pixels than before
 
@@ -269,15 +271,21 @@ def _hash(images: torch.Tensor, labels: torch.Tensor) -> str:
 
 
 def _download(kind: type, name: str, size: int | None, cache: Path) -> Made:
-    try:
-        with _download_folder(kind, cache) as root:
-            return {split: (_torchvision_split(kind, name, split, size, root), "") for split in SHAPES}
-    except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
-        # torchvision's own words for a wrong md5 don't say that the network is to blame.
-        wrong = "File not found or corrupted" in str(error)
-        reason = "what arrived is not the published file" if wrong else " ".join(str(error).split())
-        mend = f"bring {kind.url} by hand and place it in {cache}, or take --data shapes, which needs no network"
-        raise DataError(f"{name} could not be downloaded ({reason}): {mend}") from error
+    for pause in (*RETRIES, None):
+        try:
+            with _download_folder(kind, cache) as root:
+                return {split: (_torchvision_split(kind, name, split, size, root), "") for split in SHAPES}
+        except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
+            # torchvision's own words for a wrong md5 don't say that the network is to blame.
+            wrong = "File not found or corrupted" in str(error)
+            reason = "what arrived is not the published file" if wrong else " ".join(str(error).split())
+            told = f"{name} could not be downloaded ({reason})"
+            if pause is None:
+                mend = f"bring {kind.url} by hand and place it in {cache}, or take --data shapes, which needs no network"
+                raise DataError(f"{told}: {mend}") from error
+            print(f"{told}: once more in {pause:g} s", file=sys.stderr)
+            time.sleep(pause)
+    raise AssertionError  # the last try returns or raises
 
 
 @contextmanager

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
 
 from tutorial_moco.augment import AUGMENTATIONS, RecordedViews, one_view, plain_view, two_views
@@ -76,6 +78,7 @@ class Run:
     device: torch.device = field(default_factory=default_device)
     views: Callable[..., tuple[Tensor, Tensor]] = two_views
     replica: nn.Module | None = None  # of several processes: the mechanism, with gradients averaged over all
+    statistics: list[Tensor] = field(default_factory=list)  # BatchNorm's running ones, which reading the dictionary changes
 
     @property
     def images_seen(self) -> int:
@@ -181,10 +184,9 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
         The loss, the mean over the batch, and what it was made of.
 
     Raises:
-        UsageError: the loss is not finite; weights, key encoder and dictionary are as they were before the step
-            (BatchNorm's running statistics are not: the views have been through the encoders).
+        UsageError: the loss or its gradient is not finite; all that the run holds is as it was before the step.
     """
-    mechanism = run.mechanism
+    mechanism, before = run.mechanism, [statistic.clone() for statistic in run.statistics]
     with products_in(run.dtype):
         batch = views_of(run, images, index, epoch)
         index = mine(index)
@@ -193,19 +195,29 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
         loss = loss_of(run, contrast)
         (value,) = mean(loss, device=images.device)
         if not math.isfinite(value):
-            where = f"the loss is {value} at step {run.step + 1}, {_not_finite(contrast, index)}"
-            raise UsageError(f"{where}: try a lower --lr or a higher --temperature")
+            _refuse(run, before, f"the loss is {value} at step {run.step + 1}, {_not_finite(contrast, index)}")
         run.optimizer.zero_grad()
         loss.backward()
+    norm = get_total_norm([p.grad for p in mechanism.parameters() if p.grad is not None]).item()
+    if not math.isfinite(norm):
+        _refuse(run, before, f"the gradient's length is {norm} at step {run.step + 1}, where the loss is {value:.3g}")
     run.optimizer.step()
     if is_logged(run.step + 1):  # before the queue is written: it is what contrast.negatives looks at
         (run.pretext_accuracy,) = mean(pretext_accuracy(*contrast), device=images.device)
     mechanism.update_key_encoder()
     mechanism.update_dictionary(contrast, index)
-    average_([buffer for name, buffer in mechanism.named_buffers() if ".running_" in name])  # BatchNorm's statistics
+    average_([statistic for statistic in run.statistics if statistic.is_floating_point()])
     run.step += 1
     at_step(run.step)
     return value, contrast
+
+
+def _refuse(run: Run, before: list[Tensor], what: str) -> NoReturn:
+    """End a step of which nothing has been written but the statistics."""
+    for now, then in zip(run.statistics, before, strict=True):
+        now.copy_(then)
+    run.optimizer.zero_grad()
+    raise UsageError(f"{what}: try a lower --lr or a higher --temperature")
 
 
 def part(run: Run, index: Tensor) -> Tensor:
@@ -342,6 +354,9 @@ def start(
     if compile:  # at the end, since a bank is filled in batches of other lengths, and each would be compiled
         compile_run(run)
     run.replica = replica_of(mechanism)
+    run.statistics = [
+        tensor for name, tensor in mechanism.named_buffers() if ".running_" in name or name.endswith("num_batches_tracked")
+    ]
     return run
 
 
