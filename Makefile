@@ -24,7 +24,7 @@ test: $(VENV)/ready-test lint
 	$(OFFLINE) $(BIN)/python -m pytest --nbval build/solved
 
 faults: $(VENV)/ready-test
-	TUTORIAL_MOCO_FAULTS=1 $(BIN)/python -m pytest tests/faults
+	TUTORIAL_MOCO_FAULTS=1 $(BIN)/python -m pytest tests/faults tests/test_distributed.py
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ STEPS = 8  # two epochs
 
 @pytest.mark.parametrize("W", [2, 4])
 @pytest.mark.parametrize("name", TRAINED)
-def test_processes_hold_the_same_bits_and_train_as_one_does(name, W):
+def test_processes_hold_the_same_bits_and_train_as_one_does(name, W, held):
     recipe = BASE.replace(**TRAINED[name])
     (alone,) = together(1, some_steps, recipe.replace(norm=f"split:{W}"), STEPS)
     ranks = together(W, some_steps, recipe, STEPS)
@@ -46,6 +46,8 @@ def test_processes_hold_the_same_bits_and_train_as_one_does(name, W):
     for epoch in (slice(0, 4), slice(4, 8)):
         queries = [number for found in ranks for step in found["queries"][epoch] for number in step]
         assert sorted(queries) == list(range(64))
+    told = f"{W} processes, {len(TRAINED)} settings: the same bits in each, one process's losses to 1e-5"
+    held("the number of processes may change", told, 1, 1)
 
 
 @pytest.mark.parametrize("name", HELD)
@@ -163,7 +165,7 @@ def visited(recipe, out, stop_after=None):
 
 
 @pytest.mark.parametrize("then", [1, 4])
-def test_saved_by_two_processes_in_an_epoch_a_run_goes_on_with_another_number_and_no_image_is_missed(then, tmp_path):
+def test_saved_by_two_processes_in_an_epoch_a_run_goes_on_with_another_number_and_no_image_is_missed(then, tmp_path, held):
     recipe = BASE.replace(norm="group")
     before = together(2, visited, recipe, tmp_path, 6)  # in the middle of the second of three epochs
     after = together(then, visited, recipe, tmp_path)
@@ -172,6 +174,8 @@ def test_saved_by_two_processes_in_an_epoch_a_run_goes_on_with_another_number_an
     for epoch in range(3):
         images = [number for seen in (*before, *after) for at, part in seen if at == epoch for number in part]
         assert sorted(images) == list(range(64))
+    told = f"saved by 2 processes within an epoch, gone on with by {then}: each image once an epoch"
+    held("the number of processes may change", told, 1, 1)
 
 
 def poisoned(recipe):
@@ -194,10 +198,11 @@ def poisoned(recipe):
 
 
 @pytest.mark.parametrize("mechanism", ["moco", "memory_bank", "end_to_end"])
-def test_an_image_that_is_not_finite_on_one_process_stops_all_and_is_named_by_all(mechanism):
+def test_an_image_that_is_not_finite_on_one_process_stops_all_and_is_named_by_all(mechanism, held):
     for said, bad, unchanged in together(2, poisoned, BASE.replace(mechanism=mechanism)):
         assert f"in the training images {bad}" in said
         assert unchanged
+    held("what is not finite changes nothing", "a nan in one image of one of two processes; the image is named by both", 1, 1)
 
 
 def bent(recipe):
@@ -216,11 +221,12 @@ def bent(recipe):
     return str(error.value), hash_of(run.mechanism) == before
 
 
-def test_a_gradient_that_is_not_finite_on_one_process_stops_all():
+def test_a_gradient_that_is_not_finite_on_one_process_stops_all(held):
     for said, unchanged in together(2, bent, BASE):
         assert "the gradient's length is" in said
         assert "at step 1" in said
         assert unchanged
+    held("what is not finite changes nothing", "a gradient that is not finite on one of two processes", 1, 1)
 
 
 def refused(recipe):
