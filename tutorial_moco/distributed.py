@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from tutorial_moco.errors import LostProcess, UsageError
@@ -41,7 +42,7 @@ def processes() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, r, W = next(dist.rendezvous("env://"))
+    store, r, W = next(rendezvous("env://"))
     dist.init_process_group(store=store, rank=r, world_size=W)
     _heart = Heart(dist.PrefixStore("beats", store), r, W)
     try:
