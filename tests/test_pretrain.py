@@ -1,9 +1,12 @@
 """The training loop: what a run records, that interrupting it changes nothing, and that each setting does what it says."""
 
 import dataclasses
+import hashlib
 import math
+import platform
 import time
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,17 +153,33 @@ def test_the_same_recipe_gives_the_same_run():
 # Recapturing these needs a written reason: a change to them is a change to what every past result was trained with.
 # Captured with torch 2.14 on x86-64 (AVX-512), float32, one thread, once the hue turned about (1, 1, 1), which is nearer
 # to torchvision's than the turn in YIQ was, and a first pass filled the memory bank.
-# Both of NCE were captured again when its normaliser became that of the step at hand.
+# Both of NCE were captured again when its normaliser became that of the step at hand. All digits were kept later, with the
+# machine they are of: there they are to be met exactly.
+CAPTURED_ON = "torch 2.14.1+cu130, processor ee5d963412f3"
 GOLDEN = {
-    "moco": [5.28307, 3.66416, 3.03646, 2.63671, 2.63442],
-    "memory_bank": [5.13619, 4.89942, 5.14194, 6.58439, 4.30483],
-    "end_to_end": [6.84100, 3.33428, 3.08306, 2.90559, 2.92623],
-    "simclr": [7.88049, 3.44280, 3.46840, 3.46944, 3.37314],
-    "moco_v3": [7.47792, 5.70481, 6.39051, 6.32704, 6.06183],
-    "moco_symmetric_shuffled": [5.77107, 5.80406, 5.48941, 2.92731, 2.13093],
-    "moco_nce_adamw": [6.60595, 6.89524, 8.72995, 7.46407, 5.92410],
-    "memory_bank_nce_all": [7.69680, 7.62913, 7.65267, 8.90857, 5.96042],
+    "moco": [5.283072471618652, 3.6641550064086914, 3.0364625453948975, 2.6367175579071045, 2.634425640106201],
+    "memory_bank": [5.136188507080078, 4.899423599243164, 5.141936302185059, 6.584392070770264, 4.304831027984619],
+    "end_to_end": [6.841002464294434, 3.334275484085083, 3.083061456680298, 2.9055888652801514, 2.9262287616729736],
+    "simclr": [7.880486011505127, 3.4427969455718994, 3.468400239944458, 3.4694366455078125, 3.3731448650360107],
+    "moco_v3": [7.477916240692139, 5.704814434051514, 6.390507698059082, 6.327035903930664, 6.06183385848999],
+    "moco_symmetric_shuffled": [
+        5.771067142486572,
+        5.804062843322754,
+        5.489411354064941,
+        2.9273102283477783,
+        2.1309332847595215,
+    ],
+    "moco_nce_adamw": [6.6059441566467285, 6.895236968994141, 8.729954719543457, 7.464066028594971, 5.924095153808594],
+    "memory_bank_nce_all": [7.696802616119385, 7.629129409790039, 7.652665615081787, 8.90856647491455, 5.960422039031982],
 }
+
+
+def machine() -> str:
+    """What decides the last digits of a sum: torch, and all that the system says of the processor but its speed."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().split("\n\n")[0].splitlines() if about.exists() else [platform.processor()]
+    told = [line for line in lines if line.split(":")[0].strip() in ("model name", "cpu family", "model", "stepping", "flags")]
+    return f"torch {torch.__version__}, processor {hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
 
 
 @pytest.fixture
@@ -175,7 +194,7 @@ def one_thread():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_first_five_losses_are_what_they_always_were(name, one_thread):
     found, _ = first_steps(BASE.replace(**VARIANTS[name]), 5)
-    assert found == pytest.approx(GOLDEN[name], abs=1e-4)
+    assert found == (GOLDEN[name] if machine() == CAPTURED_ON else pytest.approx(GOLDEN[name], abs=1e-4))
 
 
 # ---- order and schedule

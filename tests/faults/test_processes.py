@@ -11,11 +11,10 @@ import pytest
 
 pytest.importorskip("resource", reason="these faults are made with signals")
 
-from trainings import FULL, RECIPES, STEPS, processes_of, steps_done, torchrun, wait_until
+from trainings import FULL, RECIPES, STEPS, begin_ranks, finish, processes_of, steps_done, torchrun, wait_until
 
 from tutorial_moco.checkpoint import load_checkpoint
 
-NAMES = list(RECIPES) if FULL else ["moco"]
 KILLS = 17 if FULL else 1  # of each mechanism
 
 
@@ -39,12 +38,12 @@ def finished(W, name, out) -> str:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The digest of each mechanism's run of two processes that nothing disturbed."""
-    return {name: finished(2, name, tmp_path_factory.mktemp(name)) for name in NAMES}
+    return {name: finish(name, tmp_path_factory.mktemp(name), W=2) for name in RECIPES}
 
 
 def begun(out, at, pause=0.05, **how):
     """A training of two processes that has finished so many steps."""
-    run = torchrun(2, how.pop("name", "moco"), out, pause, **how)
+    run = torchrun(2, "moco", out, pause, **how)
     wait_until(lambda: (steps_done(out) >= at and len(processes_of(out)) == 2) or run.poll() is not None, 60)
     assert run.poll() is None, (out / "log").read_text()
     return run
@@ -76,19 +75,32 @@ def test_stopped_all_processes_end_after_the_same_step_and_none_is_lost(number, 
     held("stopped, no step is lost", f"two processes, {number.name} to {whom}; the same bits at their end", 1, 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_killed_process_is_named_and_the_same_command_ends_in_the_same_bits(name, whole, tmp_path, held):
-    draw = random.Random(name)
-    for kill in range(KILLS):
-        out, at = tmp_path / str(kill), draw.randrange(2, STEPS - 10)
-        run = begun(out, at, name=name)
-        os.kill(processes_of(out)[1], signal.SIGKILL)
-        assert ended(run, out) != 0
-        said = (out / "log").read_text()
-        assert "(process 0): process 1 has not been heard of for" in said, said
-        assert "; the same command goes on from the last checkpoint" in said
-        assert finished(2, name, out) == whole[name]
-    held("the same bits after kill -9", f"{name}, two processes, one of them killed", KILLS, KILLS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_killed_at_any_point_end_in_the_same_bits(name, whole, tmp_path, held):
+    draw, kills = random.Random(name), 0
+    while kills < KILLS:
+        out, at = tmp_path / str(kills), draw.randrange(STEPS)
+        ranks = begin_ranks(2, name, out)
+        wait_until(lambda out=out, at=at, ranks=ranks: steps_done(out) >= at or not ranks[0].is_alive())
+        for process in draw.sample(ranks, 2):  # as where a machine is taken away: not in the same moment
+            time.sleep(draw.uniform(0, 0.01))
+            process.kill()
+        for process in ranks:
+            process.join()
+        kills += ranks[0].exitcode == -signal.SIGKILL
+        assert finish(name, out, W=2) == whole[name]
+    held("the same bits after kill -9", f"{name}, two processes, killed at moments drawn from all steps", kills, kills)
+
+
+def test_a_killed_process_is_named_and_the_same_command_ends_in_the_same_bits(whole, tmp_path, held):
+    run = begun(tmp_path, 20)
+    os.kill(processes_of(tmp_path)[1], signal.SIGKILL)
+    assert ended(run, tmp_path) != 0
+    said = (tmp_path / "log").read_text()
+    assert "process 1 has not been heard of for" in said, said
+    assert "; the same command goes on from the last checkpoint" in said
+    assert finished(2, "moco", tmp_path) == whole["moco"]
+    held("no process waits for one that is lost", "one of two killed: named; the same command ends in the same bits", 1, 1)
 
 
 def test_torchrun_starts_a_killed_process_again_and_ends_in_the_same_bits(whole, tmp_path, held):

@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,9 @@ from tutorial_moco.recipes import Recipe
 FULL = bool(os.environ.get("TUTORIAL_MOCO_FAULTS"))  # the full counts
 STEPS = 60
 RECIPES = {
-    name: Recipe(mechanism=name, encoder="tiny", dim=8, K=20, m=0.9, batch_size=16, epochs=STEPS // 4, lr=0.05)
+    name: Recipe(
+        mechanism=name, encoder="tiny", dim=8, K=20, m=0.9, shuffle=name == "moco", batch_size=16, epochs=STEPS // 4, lr=0.05
+    )  # fmt: skip
     for name in ("moco", "memory_bank", "end_to_end")
 }
 PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once, and each training is a fork of that
@@ -32,18 +35,28 @@ def images(n: int = 64) -> ImageSet:
 
 
 def begin(name: str, out: Path, pause: float = 0.0):
-    """Start a training, or go on with it; it ends with its digest in out/digest."""
-    process = PROCESSES.Process(target=_train, args=(name, out, pause))
-    process.start()
-    return process
+    """Start a training, or go on with it; it ends with its digest in out/digest-0."""
+    return begin_ranks(1, name, out, pause)[0]
 
 
-def finish(name: str, out: Path) -> str:
-    """Go on with a training to its end, and take its digest."""
-    process = begin(name, out)
-    process.join(60)
-    assert process.exitcode == 0, f"{out / 'log'}: {(out / 'log').read_text()}"
-    return (out / "digest-0").read_text()
+def begin_ranks(W: int, name: str, out: Path, pause: float = 0.0) -> list:
+    """The same as W processes, without torchrun, which takes some seconds to start."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    ranks = [PROCESSES.Process(target=_train, args=(r, W, port, name, out, pause)) for r in range(W)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def finish(name: str, out: Path, W: int = 1) -> str:
+    """Go on with a training to its end, and take its digest, which is the same for all its processes."""
+    for process in begin_ranks(W, name, out):
+        process.join(60)
+        assert process.exitcode == 0, f"{out / 'log'}: {(out / 'log').read_text()}"
+    (digest,) = {(out / f"digest-{r}").read_text() for r in range(W)}
+    return digest
 
 
 def torchrun(W: int, name: str, out: Path, pause: float = 0.0, *, silence: float = 60, how=(), inside=()):
@@ -79,11 +92,14 @@ def wait_until(holds, seconds: float = 30.0) -> None:
         time.sleep(0.002)
 
 
-def _train(name: str, out: Path, pause: float) -> None:
+def _train(r: int, W: int, port: int, name: str, out: Path, pause: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log", "a", buffering=1)  # noqa: SIM115 - for as long as the process lives
     sys.stderr = sys.stdout = log
-    train(name, out, pause)
+    where = {"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": W, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    with distributed.processes():
+        train(name, out, pause)
 
 
 def train(name: str, out: Path, pause: float) -> None:
