@@ -22,7 +22,7 @@ STEPS = 60
 RECIPES = {
     name: Recipe(
         mechanism=name, encoder="tiny", dim=8, K=20, m=0.9, shuffle=name == "moco", batch_size=16, epochs=STEPS // 4, lr=0.05
-    )  # fmt: skip
+    )
     for name in ("moco", "memory_bank", "end_to_end")
 }
 PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once, and each training is a fork of that
