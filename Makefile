@@ -1,6 +1,6 @@
 # make demo   set up and run the main job: three mechanisms side by side on drawn images, and a report
 # make test   set up and run every test
-# make faults set up and try the promises about files and stops at their full counts: kills, full disks, flipped bytes
+# make faults set up and try every promise at its full count: kills, full disks, lost processes, broken code; docs/RELIABILITY.md
 # make lab    set up and open JupyterLab
 # make notebooks  run the chapters and write their outputs
 # make book   make the chapters, with the outputs they have, a book: build/book/html/index.html
@@ -56,7 +56,7 @@ classroom: $(VENV)/ready-classroom
 
 # One environment; each command adds what it needs, and again when pyproject.toml has changed.
 $(VENV)/ready-demo: EXTRAS =
-$(VENV)/ready-test: EXTRAS = [notebooks,book,classroom,test]
+$(VENV)/ready-test: EXTRAS = [notebooks,book,classroom,export,test]
 $(VENV)/ready-notebooks: EXTRAS = [notebooks]
 $(VENV)/ready-book: EXTRAS = [notebooks,book]
 $(VENV)/ready-classroom: EXTRAS = [notebooks,classroom]

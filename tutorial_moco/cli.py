@@ -29,6 +29,7 @@ usage: tutorial-moco COMMAND [FLAGS]
   pretrain   train one mechanism
   evaluate   read a checkpoint's features on any images
   transfer   start another task from a checkpoint: few labels, detection, segmentation, keypoints
+  export     an encoder for torchvision, timm, Detectron2 or ONNX
   data       look at a data set: sizes, classes, a contact sheet
   doctor     is everything here that the chapters need? [OK], or [FAIL] and the mend
   check      the visible checks of an assignment on your notebook: check A2 my_notebook.ipynb
@@ -140,6 +141,20 @@ class Transfer:
     """Folder for result, report and models; runs/transfer-TASK-... if left out."""
     json: Path | None = None
     """Also write the result, with where it comes from, to this file."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """An encoder for another program, written to a folder with a card that says how it is read; compared with what it was."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """The checkpoint.safetensors of a run, or a .pth.tar of the published MoCo."""
+    format: Literal["safetensors", "torchvision", "timm", "detectron2", "onnx"] = "safetensors"
+    """torchvision, timm and detectron2 have a ResNet-50 (the first two a transformer, too); onnx and safetensors take any."""
+    out: Path = Path("exported")
+    """Folder for model and card."""
+    json: Path | None = None
+    """Also write what was done to this file."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +280,18 @@ def run_transfer(flags: Transfer) -> dict:
     return transfer_dense(names, start, flags.task, train, test, flags.seeds, out, **how)
 
 
+def run_export(flags: Export) -> dict:
+    """A file for another program."""
+    from tutorial_moco.export import export
+
+    found = export(flags.checkpoint, flags.format, flags.out)
+    compared = "not compared: its package is not installed, or cannot be"
+    if found["largest_difference"] is not None:
+        compared = f"read again, the features differ by {found['largest_difference']:.0e} of the largest at most"
+    print(f"{found['path']}: {found['bytes'] / 2**20:.1f} MiB; {compared}")
+    return found
+
+
 def run_data(flags: Data) -> dict:
     """Sizes, classes, hash, contact sheet."""
     from tutorial_moco.figures import contact_sheet
@@ -360,6 +387,7 @@ COMMANDS = {
     "pretrain": (Pretrain, run_pretrain),
     "evaluate": (Evaluate, run_evaluate),
     "transfer": (Transfer, run_transfer),
+    "export": (Export, run_export),
     "data": (Data, run_data),
     "doctor": (Doctor, run_doctor),
     "check": (Check, run_check),

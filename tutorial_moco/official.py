@@ -17,18 +17,31 @@ from tutorial_moco.recipes import Recipe
 
 QUERY = ("module.encoder_q.", "module.base_encoder.")  # how the names of f_q's tensors begin in v1 and v2, and in v3
 VIT_HEADS = 12  # of v3's ViT-S and ViT-B alike; the tensors do not tell
-# timm's names of a transformer's parts, and torchvision's.
-VIT_NAMES = (
-    (r"^patch_embed\.proj\.", "conv_proj."),
-    (r"^cls_token$", "class_token"),
-    (r"^pos_embed$", "encoder.pos_embedding"),
-    (r"^norm\.", "encoder.ln."),
-    (r"^blocks\.(\d+)\.norm([12])\.", r"encoder.layers.encoder_layer_\1.ln_\2."),
-    (r"^blocks\.(\d+)\.attn\.qkv\.(\w+)$", r"encoder.layers.encoder_layer_\1.self_attention.in_proj_\2"),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.encoder_layer_\1.self_attention.out_proj."),
-    (r"^blocks\.(\d+)\.mlp\.fc1\.", r"encoder.layers.encoder_layer_\1.mlp.0."),
-    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"encoder.layers.encoder_layer_\1.mlp.3."),
-)
+# How the names of a transformer's tensors begin in timm, and in torchvision; {} is the number of a layer.
+TIMM_VIT = {
+    "patch_embed.proj.": "conv_proj.",
+    "cls_token": "class_token",
+    "pos_embed": "encoder.pos_embedding",
+    "norm.": "encoder.ln.",
+    "blocks.{}.norm1.": "encoder.layers.encoder_layer_{}.ln_1.",
+    "blocks.{}.norm2.": "encoder.layers.encoder_layer_{}.ln_2.",
+    "blocks.{}.attn.qkv.": "encoder.layers.encoder_layer_{}.self_attention.in_proj_",
+    "blocks.{}.attn.proj.": "encoder.layers.encoder_layer_{}.self_attention.out_proj.",
+    "blocks.{}.mlp.fc1.": "encoder.layers.encoder_layer_{}.mlp.0.",
+    "blocks.{}.mlp.fc2.": "encoder.layers.encoder_layer_{}.mlp.3.",
+}
+
+
+def renamed(tensors: dict[str, Tensor], begins: dict[str, str]) -> dict[str, Tensor]:
+    """Tensors whose names begin as a key says, under names that begin as its value says; others keep their names."""
+    found = {}
+    for name, tensor in tensors.items():
+        for old, new in begins.items():
+            if match := re.match(re.escape(old).replace(r"\{\}", r"(\d+)"), name):
+                name = new.format(*match.groups()) + name[match.end() :]
+                break
+        found[name] = tensor
+    return found
 
 
 def load_official(path: Path) -> tuple[Mechanism, Recipe, int]:
@@ -129,11 +142,7 @@ def _transformer(tensors: dict[str, Tensor]) -> tuple[nn.Module, int]:
     side = patch * round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
     layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
     backbone = ViTBackbone(side, patch, layers=layers, heads=VIT_HEADS, dim=dim)
-    renamed = {}
-    for name, tensor in tensors.items():
-        found = [re.sub(theirs, ours, name) for theirs, ours in VIT_NAMES if re.search(theirs, name)]
-        renamed[found[0] if found else name] = tensor
-    backbone.load_state_dict(renamed)
+    backbone.load_state_dict(renamed(tensors, TIMM_VIT))
     return backbone, dim
 
 
