@@ -1,18 +1,20 @@
 """Several processes train as one: equal to each other bit by bit, and to one process up to rounding."""
 
 import contextlib
+import json
 import os
 import signal
+import time
 from unittest import mock
 
 import pytest
 import torch
 from ranks import hash_of, random_images, some_steps, together
 
-from tutorial_moco import distributed
+from tutorial_moco import cli, compare, distributed
 from tutorial_moco import pretrain as training
 from tutorial_moco.augment import two_views
-from tutorial_moco.errors import UsageError
+from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.recipes import Recipe
 
 CPU = torch.device("cpu")
@@ -106,7 +108,7 @@ def exchanged():
         mean,
         high,
         tensors,
-        distributed.from_first(r),
+        distributed.every(r),
         gathered.flatten().tolist(),
     )
 
@@ -114,18 +116,17 @@ def exchanged():
 def test_what_is_exchanged_is_what_it_is_called():
     first, second = together(2, exchanged)
     assert (first[0], second[0]) == ([0, 1, 2, 3], [4, 5, 6, 7])
-    for _, mean, high, (square, line), of_first, gathered in (first, second):
+    for _, mean, high, (square, line), of_every, gathered in (first, second):
         assert mean == [0.5, 0.5]
         assert high == [1, 0]
         assert torch.equal(square, torch.full((2, 2), 0.5))
         assert torch.equal(line, torch.ones(3))
-        assert of_first == 0
+        assert of_every == [0, 1]
         assert gathered == list(range(8))
 
 
 def test_alone_each_exchange_is_an_identity():
     rows = torch.arange(6.0).view(3, 2)
-    assert distributed.mine(rows) is not None
     assert torch.equal(distributed.mine(rows), rows)
     assert distributed.gather(rows) is rows
     assert distributed.mean(1.5, device=CPU) == distributed.highest(1.5, device=CPU) == [1.5]
@@ -176,6 +177,63 @@ def test_saved_by_two_processes_in_an_epoch_a_run_goes_on_with_another_number_an
         assert sorted(images) == list(range(64))
     told = f"saved by 2 processes within an epoch, gone on with by {then}: each image once an epoch"
     held("the number of processes may change", told, 1, 1)
+
+
+@pytest.mark.parametrize("mechanism", ["moco", "memory_bank", "end_to_end"])
+def test_a_budget_of_minutes_ends_for_all_after_the_same_step(mechanism):
+    first, second = together(2, by_minutes, BASE.replace(mechanism=mechanism))
+    assert first == second
+    assert first[1] > 0
+
+
+def by_minutes(recipe):
+    run = training.pretrain(recipe, random_images(), minutes=0.01, device=CPU, dtype=torch.float32, progress=False)
+    return hash_of(run.mechanism), run.step, run.seconds
+
+
+def own_folder(recipe, out):
+    own = out / str(distributed.rank())
+    with pytest.raises(DataError) as error:
+        training.pretrain(recipe, random_images(), out=own, device=CPU, dtype=torch.float32, progress=False)
+    return str(error.value)
+
+
+def test_machines_that_share_no_folder_are_told(tmp_path):
+    """The first finds its checkpoint, the other nothing."""
+    together(1, trained, BASE, tmp_path / "0")
+    for said in together(2, own_folder, BASE, tmp_path):
+        assert "process 1 has other steps in --out" in said
+        assert "name a folder that all machines share" in said
+
+
+def other_images(recipe):
+    with pytest.raises(DataError) as error:
+        training.pretrain(recipe, random_images(64 - 16 * distributed.rank()), device=CPU, dtype=torch.float32, progress=False)
+    return str(error.value)
+
+
+def test_other_images_on_another_machine_are_told():
+    assert "process 1 has other images than the first" in together(2, other_images, BASE)[0]
+
+
+def by_command(words):
+    """The command line's status, where the first process takes its time to judge."""
+    os.environ |= {"TUTORIAL_MOCO_SILENCE": "3", "TORCHELASTIC_RUN_ID": "as if by torchrun"}
+
+    def slow(*rest, evaluate=compare.evaluate_features):
+        time.sleep(6)
+        return evaluate(*rest)
+
+    with mock.patch.object(compare, "evaluate_features", slow):
+        return cli.main(words)
+
+
+def test_nobody_is_taken_for_lost_while_the_first_process_judges(tmp_path):
+    words = ["pretrain", "--data", "digits", "--epochs", "1", "--encoder", "tiny", "--precision", "float32", "--monitor", "1"]
+    out, result = tmp_path / "out", tmp_path / "result.json"
+    assert together(2, by_command, [*words, "--out", str(out), "--json", str(result)], joined=False) == [0, 0]
+    assert (out / "report.html").exists()
+    assert json.loads(result.read_text())["results"][0]["steps"] == 11
 
 
 def poisoned(recipe):

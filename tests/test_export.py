@@ -24,9 +24,12 @@ IMAGES = ImageSet("random", "train", PIXELS, torch.arange(8) % 2, ("even", "odd"
 def checkpoints(tmp_path_factory):
     """A run of each kind of encoder at step 0, with running statistics of its own."""
     found = {}
-    for name in ("small", "resnet18", "resnet50", "vit"):
-        head = {"mechanism": "moco_v3", "head": "mlp3"} if name == "vit" else {}
-        run = training.start(Recipe(encoder=name, K=8, dim=8, batch_size=4, **head), IMAGES, torch.device("cpu"), torch.float32)
+    for name in ("small", "resnet18", "resnet50", "vit", "grouped"):
+        changes = {"vit": {"mechanism": "moco_v3", "head": "mlp3"}, "grouped": {"norm": "group", "encoder": "resnet50"}}.get(
+            name, {}
+        )
+        changes = {"encoder": name} | changes
+        run = training.start(Recipe(K=8, dim=8, batch_size=4, **changes), IMAGES, torch.device("cpu"), torch.float32)
         for _ in range(20):  # BatchNorm's running statistics
             run.mechanism.encoder(plain_view(PIXELS))
         found[name] = tmp_path_factory.mktemp(name) / "checkpoint.safetensors"
@@ -36,8 +39,8 @@ def checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("form", "encoder"),
-    [("torchvision", "resnet50"), ("torchvision", "vit"), ("timm", "resnet50"), ("timm", "vit"),
-     ("onnx", "small"), ("onnx", "resnet50"), ("onnx", "vit")],
+    [("safetensors", "resnet18"), ("torchvision", "resnet50"), ("torchvision", "vit"), ("timm", "resnet50"), ("timm", "vit"),
+     ("onnx", "small"), ("onnx", "vit")],
 )  # fmt: skip
 def test_the_other_program_gives_the_same_features(form, encoder, checkpoints, tmp_path):
     if form in ("timm", "onnx"):
@@ -82,8 +85,11 @@ def test_detectron2s_names_are_those_of_its_network(checkpoints, tmp_path):
     assert used == set(weights)
 
 
-@pytest.mark.parametrize(("form", "encoder"), [("safetensors", "small"), ("torchvision", "vit"), ("timm", "resnet50"),
-                                               ("timm", "vit"), ("onnx", "small")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("form", "encoder"),
+    [("safetensors", "small"), ("safetensors", "vit"), ("torchvision", "vit"), ("timm", "resnet50"), ("timm", "vit"),
+     ("onnx", "small")],
+)  # fmt: skip
 def test_the_lines_of_the_card_read_the_file(form, encoder, checkpoints, tmp_path, monkeypatch):
     if form in ("timm", "onnx"):
         pytest.importorskip({"timm": "timm", "onnx": "onnxruntime"}[form], reason=f"{form} is not installed")
@@ -108,11 +114,29 @@ def test_plain_tensors_are_the_backbones(checkpoints, tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize(("form", "encoder"), [("torchvision", "small"), ("timm", "resnet18"), ("detectron2", "vit")])
+@pytest.mark.parametrize(
+    ("form", "encoder"),
+    [
+        ("torchvision", "small"),
+        ("timm", "resnet18"),
+        ("detectron2", "vit"),
+        ("detectron2", "grouped"),
+        ("torchvision", "grouped"),
+    ],
+)
 def test_a_network_that_the_other_program_has_not_is_told_and_nothing_is_written(form, encoder, checkpoints, tmp_path):
     with pytest.raises(UsageError, match="take"):
         export(checkpoints[encoder], form, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_readme_of_ones_own_is_not_replaced_but_a_card_is(checkpoints, tmp_path):
+    for _ in range(2):
+        export(checkpoints["small"], "safetensors", tmp_path)
+    (tmp_path / "README.md").write_text("# Mine")
+    with pytest.raises(UsageError, match=r"has a README\.md of its own"):
+        export(checkpoints["small"], "safetensors", tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# Mine"
 
 
 def test_the_command(checkpoints, tmp_path, capsys):

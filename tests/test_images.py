@@ -672,8 +672,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/moved")
             self.end_headers()
             return
-        self.send_response(500 if answer == "500" else 200)
-        content = b"" if answer == "500" else self.server.content
+        self.send_response(int(answer) if answer.isdigit() else 200)
+        content = b"" if answer.isdigit() else self.server.content
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if answer == "wrong bytes":
@@ -724,6 +724,13 @@ def test_a_download_that_fails_is_tried_again(server, cache, capsys):
     assert server.hits == 5
     said = capsys.readouterr().err
     assert said.count("cifar10 could not be downloaded (") == said.count("once more in 0 s") == 2
+
+
+def test_a_file_that_is_not_there_is_asked_for_once(server, cache):
+    server.answer = "404"
+    with pytest.raises(DataError, match="404"):
+        load("cifar10")
+    assert server.hits == 1
 
 
 def test_a_download_that_has_moved_is_followed(server, cache):

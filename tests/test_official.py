@@ -10,6 +10,7 @@ from torch import nn
 
 from tutorial_moco import cli
 from tutorial_moco.errors import DataError
+from tutorial_moco.export import export
 from tutorial_moco.mechanisms import MoCo, MoCoV3
 from tutorial_moco.official import load_official
 from tutorial_moco.pretrain import load_encoder
@@ -169,3 +170,12 @@ def test_what_is_no_published_checkpoint_is_told_in_a_line(change, told, tmp_pat
     assert "\n" not in str(error.value)
     with pytest.raises(DataError, match="does not exist"):
         load_official(tmp_path / "gone.pth.tar")
+
+
+def test_the_card_of_a_published_checkpoint_tells_its_own_normalisation(tmp_path):
+    path = save(tmp_path / "published.pth.tar", v1_or_v2(2)[2])
+    export(path, "detectron2", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "PIXEL_MEAN: [123.675, 116.28, 103.53]" in card
+    assert "less the mean [0.485, 0.456, 0.406]" in card
+    assert "by the authors of MoCo, 200 epochs on ImageNet" in card

@@ -50,6 +50,9 @@ READ = {  # chapter and section, by the name that a message begins with
     "iou": "08, 2. Where is it?",
     "average_precision": "08, 2. Where is it?",
     "mean_iou": "08, 3. Which pixels are it?",
+    "rate": "09, 1. Three switches",
+    "v3_loss": "09, 2. v3 lets the queue go",
+    "masked_loss": "09, 3. The last paragraph of the first paper",
 }
 
 

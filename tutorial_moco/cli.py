@@ -151,8 +151,8 @@ class Export:
     """The checkpoint.safetensors of a run, or a .pth.tar of the published MoCo."""
     format: Literal["safetensors", "torchvision", "timm", "detectron2", "onnx"] = "safetensors"
     """torchvision, timm and detectron2 have a ResNet-50 (the first two a transformer, too); onnx and safetensors take any."""
-    out: Path = Path("exported")
-    """Folder for model and card."""
+    out: Path | None = None
+    """Folder for model and card; exported/FORMAT if left out."""
     json: Path | None = None
     """Also write what was done to this file."""
 
@@ -284,8 +284,9 @@ def run_export(flags: Export) -> dict:
     """A file for another program."""
     from tutorial_moco.export import export
 
-    found = export(flags.checkpoint, flags.format, flags.out)
-    compared = "not compared: its package is not installed, or cannot be"
+    found = export(flags.checkpoint, flags.format, flags.out or Path("exported") / flags.format)
+    why = "pip cannot install it; its names are tested" if flags.format == "detectron2" else "it is not installed"
+    compared = f"not read again by {flags.format}: {why}"
     if found["largest_difference"] is not None:
         compared = f"read again, the features differ by {found['largest_difference']:.0e} of the largest at most"
     print(f"{found['path']}: {found['bytes'] / 2**20:.1f} MiB; {compared}")
@@ -353,18 +354,18 @@ def run_grade(flags: Grade) -> dict:
 
 def load(flags: DataFlags):
     """The training images and those to evaluate on, with a line that says what they are."""
-    from tutorial_moco.distributed import first_goes_first
+    from tutorial_moco.distributed import one_after_another
     from tutorial_moco.images import hold_out, load_images
 
     if not 0 <= flags.hold_out < 1:
         raise UsageError(f"--hold-out must be in [0, 1), not {flags.hold_out}")
-    how = {"image_size": flags.image_size, "on_bad_image": flags.on_bad_image, "progress": not PROCESS}
-    with first_goes_first():
+    how = {"image_size": flags.image_size, "on_bad_image": flags.on_bad_image, "progress": not process()}
+    with one_after_another():
         train = load_images(flags.data, "train", **how)
         test = None if flags.hold_out else load_images(flags.data, "test", **how)
     if flags.hold_out:
         train, test = hold_out(train, flags.hold_out)
-    if PROCESS:
+    if process():
         return train, test
     size = train.images.shape[-1]
     print(f"{train.name}: {len(train):,} training and {len(test):,} {test.split} images of {size} x {size} pixels, "
@@ -380,7 +381,6 @@ def default_out(flags: RunFlags, name: str) -> Path:
     return Path("runs") / f"{stem}-{what}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
-PROCESS = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None  # which of those that torchrun started
 TOGETHER = ("compare", "pretrain", "evaluate")  # what torchrun may start
 COMMANDS = {
     "compare": (Compare, run_compare),
@@ -393,6 +393,11 @@ COMMANDS = {
     "check": (Check, run_check),
     "grade": (Grade, run_grade),
 }
+
+
+def process() -> int | None:
+    """Which of those that torchrun started this is; None if it started none."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -425,7 +430,7 @@ def run_command(name: str, *words: str) -> None:
 @contextlib.contextmanager
 def joined(name: str):
     """The processes that torchrun started, if it did, as one."""
-    if PROCESS is None:
+    if process() is None:
         yield
         return
     if name not in TOGETHER:
@@ -441,9 +446,13 @@ def exit_status(prog: str, work: Callable[[], None], again: str) -> int:
     try:
         work()
     except (UsageError, DataError, LostProcess) as error:
-        if not (PROCESS and isinstance(error, UsageError)):  # which is the same for all, and the first has told it
-            who = f"{prog} (process {PROCESS})" if PROCESS or isinstance(error, LostProcess) else prog
-            print(f"{who}: {error}", file=sys.stderr)
+        if isinstance(error, LostProcess) and process() is not None:
+            prog = f"{prog} (process {process()})"
+        elif (
+            int(os.environ.get("LOCAL_RANK", 0)) and process()
+        ):  # other mistakes are raised on all: one of a machine tells them
+            return error.exit_status
+        print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_status
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; a name, so that --help need not wait for torch
@@ -451,7 +460,7 @@ def exit_status(prog: str, work: Callable[[], None], again: str) -> int:
         print(f"{prog}: the GPU's memory is full: take a smaller --batch-size or --image-size", file=sys.stderr)
         return UsageError.exit_status
     except KeyboardInterrupt:
-        if not PROCESS:
+        if not process():
             print(f"\n{prog}: interrupted; the same command {again}", file=sys.stderr)
         return 130
     return 0

@@ -60,16 +60,17 @@ def compare(
     features: dict[str, tuple[Tensor, Tensor]] = {}
     if baselines:
         tell("baselines: raw pixels and an untrained encoder")
-        results["pixels"] = {"knn_top1": knn_of_pixels(train, test)}
         features["untrained"] = features_of(untrained(recipes[-1], train, device), train, test)
-        results["untrained"] = evaluate_features(*features["untrained"], train, test)
+        if not rank():  # the first process judges and reports
+            results["pixels"] = {"knn_top1": knn_of_pixels(train, test)}
+            results["untrained"] = evaluate_features(*features["untrained"], train, test)
     for recipe in recipes:
         folder = out / recipe.mechanism if len(recipes) > 1 else out
         run = pretrain(
             recipe, train, test, minutes=minutes, out=folder, monitor=monitor, device=device, dtype=precision, compile=compile
         )  # fmt: skip
         features[recipe.mechanism] = features_of(run, train, test)
-        if rank():  # the first process judges and reports
+        if rank():
             continue
         accuracy = evaluate_features(*features[recipe.mechanism], train, test)
         results[recipe.mechanism] = {

@@ -5,6 +5,7 @@ so code that uses them reads, and computes, as if there were no others.
 """
 
 import contextlib
+import datetime
 import math
 import os
 import signal
@@ -20,10 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from tutorial_moco.errors import LostProcess, UsageError
+from tutorial_moco.errors import DataError, LostProcess, UsageError
 
 BEAT = 1.0  # seconds between two signs of life
-SILENCE = float(os.environ.get("TUTORIAL_MOCO_SILENCE", 60))  # seconds without one until a process is given up
 _heart: "Heart | None" = None
 
 
@@ -31,22 +31,27 @@ _heart: "Heart | None" = None
 def processes() -> Iterator[None]:
     """Join the processes that torchrun started, as its environment tells, until the end of the block; alone it does nothing.
 
-    Tensors on GPUs travel by NCCL, others by gloo.
+    Tensors on GPUs travel by NCCL, others by gloo. At the end all wait for the last.
 
     Raises:
+        UsageError: there are more processes on this machine than GPUs.
         LostProcess: another one has ended without a word, is frozen, or cannot be reached.
     """
     global _heart
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = _own_gpu()
     store, r, W = next(rendezvous("env://"))
-    dist.init_process_group(store=store, rank=r, world_size=W)
-    _heart = Heart(dist.PrefixStore("beats", store), r, W)
+    # No exchange has a time-out: a long evaluation is none's fault, and who is silent is the heart's business.
+    dist.init_process_group(store=store, rank=r, world_size=W, timeout=datetime.timedelta(days=30), device_id=device)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives those that torchrun starts again
+    _heart = Heart(dist.PrefixStore(f"beats/{attempt}", store.clone()), r, W, _silence())
     try:
         yield
+        dist.barrier()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # what gloo says when a connection is gone
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it at once, and nobody would say what has happened
         if lost := _heart.lost():
@@ -58,6 +63,24 @@ def processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _own_gpu() -> torch.device | None:
+    if not torch.cuda.is_available():
+        return None
+    here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+        raise UsageError(f"this machine has {gpus} GPUs: start at most so many processes on it (--nproc-per-node {gpus})")
+    torch.cuda.set_device(here)
+    return torch.device("cuda", here)
+
+
+def _silence() -> float:
+    """Seconds without a sign of life until a process is given up."""
+    told = os.environ.get("TUTORIAL_MOCO_SILENCE", "60")
+    if not told.replace(".", "", 1).isdigit() or float(told) < 3 * BEAT:
+        raise UsageError(f"TUTORIAL_MOCO_SILENCE must be a number of seconds, at least {3 * BEAT:g}, not {told}")
+    return float(told)
+
+
 def at_step(step: int) -> None:
     """Tell the others how far this process is."""
     if _heart is not None:
@@ -67,13 +90,15 @@ def at_step(step: int) -> None:
 class Heart:
     """Tells the others each second that this process lives, and looks whether they do.
 
-    Without it a process that is frozen, or behind a cut cable, would leave the others waiting for half an hour, and none could
-    say for whom. The first process looks at all, the others at the first: that is 2 W messages a second.
+    Without it a process that is frozen, or behind a cut cable, would leave the others waiting, and none could say for whom.
+    The first looks at all and writes down whom it has lost, the others look at the first and read: some W messages a second.
     """
 
-    def __init__(self, store: dist.Store, r: int, W: int):
-        self.store, self.rank, self.step, self.beats = store, r, 0, 0
+    def __init__(self, store: dist.Store, r: int, W: int, silence: float):
+        self.store, self.rank, self.silence, self.step, self.beats = store, r, silence, 0, 0
         self.heard = {other: ("1 0", time.monotonic()) for other in range(W) if other != r and 0 in (r, other)}
+        self.verdict = ""  # the first process's
+        self.alarm = math.inf  # when the first process heard that an exchange of others has failed
         self.stopped = threading.Event()
         for work in (self.talk, self.judge):  # two, because a talk over a cut cable does not come back
             threading.Thread(target=work, daemon=True).start()
@@ -84,16 +109,23 @@ class Heart:
             self.beats += 1
             with contextlib.suppress(RuntimeError):  # the store is with the first process's torchrun: it may be gone
                 self.store.set(str(self.rank), f"{self.beats} {self.step}")
+                self.verdict = self.verdict or self.read("lost", "")
+                if self.rank == 0 and self.read("failed", ""):
+                    self.alarm = min(self.alarm, time.monotonic())
                 for other, (before, _) in self.heard.items():
-                    sign = self.store.get(str(other)).decode() if self.store.check([str(other)]) else before  # get would wait
-                    if sign != before:
+                    if (sign := self.read(str(other), before)) != before:
                         self.heard[other] = sign, time.monotonic()
+
+    def read(self, key: str, otherwise: str) -> str:
+        return self.store.get(key).decode() if self.store.check([key]) else otherwise  # get would wait for it
 
     def judge(self) -> None:
         """End this process if another is silent for too long: the main thread may be waiting for it in an exchange."""
         while not self.stopped.wait(BEAT):
-            if lost := self.silent(SILENCE):
+            alarmed = time.monotonic() - self.alarm > 3 * BEAT
+            if lost := self.verdict or self.silent(2.5 * BEAT if alarmed else self.silence):
                 print(f"tutorial-moco (process {self.rank}): {LostProcess(lost)}", file=sys.stderr, flush=True)
+                self.spread(lost)
                 os._exit(LostProcess.exit_status)
 
     def silent(self, seconds: float) -> str:
@@ -105,10 +137,23 @@ class Heart:
             if now - when > seconds
         )
 
+    def spread(self, lost: str) -> None:
+        """The first process tells the others, and gives them time to hear it."""
+        if self.rank == 0:
+            with contextlib.suppress(RuntimeError):
+                self.store.set("lost", lost)
+            time.sleep(3 * BEAT)
+
     def lost(self) -> str:
-        """As `silent`, of a moment from now: after an exchange has failed, whoever does not beat any more."""
-        time.sleep(4 * BEAT)
-        return self.silent(2.5 * BEAT)
+        """After an exchange has failed: who does not beat any more, as the first process sees it; "" if all do."""
+        end = time.monotonic() + (4 * BEAT if self.rank == 0 else 10 * BEAT)
+        with contextlib.suppress(RuntimeError):
+            self.store.set("failed", str(self.rank))  # the first process may not have met it yet
+        while time.monotonic() < end and not self.verdict:
+            time.sleep(BEAT / 4)
+        if lost := self.verdict or self.silent(2.5 * BEAT):
+            self.spread(lost)
+        return lost
 
 
 def world() -> int:
@@ -141,12 +186,12 @@ def gather(rows: Tensor) -> Tensor:
 
 def gather_views(rows: Tensor, n: int) -> Tensor:
     """`gather` of rows that are V views of n images each, (V n, ...) to (V W n, ...): each view's in the batch's order."""
-    return torch.cat([gather(view) for view in rows.split(n)])
+    return rows if world() == 1 else torch.cat([gather(view) for view in rows.split(n)])
 
 
 def my_views(rows: Tensor, views: int) -> Tensor:
     """`mine` of rows that are so many views of a batch."""
-    return torch.cat([mine(view) for view in rows.chunk(views)])
+    return rows if world() == 1 else torch.cat([mine(view) for view in rows.chunk(views)])
 
 
 class _Gather(torch.autograd.Function):
@@ -208,25 +253,51 @@ def replica_of(module: nn.Module) -> nn.Module | None:
         return DistributedDataParallel(module, broadcast_buffers=False)
 
 
-def from_first(value: object) -> object:
-    """What the first process has, for all: a choice that was measured, say."""
-    if world() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+@torch.no_grad()
+def copy_first_(module: nn.Module) -> None:
+    """Give all processes the first one's parameters and buffers: another processor may have rounded otherwise."""
+    if world() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor, 0)
+
+
+def every(value: object) -> list:
+    """What each process has, in their order: small things, such as a name."""
+    found = [value]
+    if world() > 1:
+        found = [None] * world()
+        dist.all_gather_object(found, value)
+    return found
 
 
 @contextlib.contextmanager
-def first_goes_first() -> Iterator[None]:
-    """The first process does the block before the others: what it has downloaded or decoded, they find."""
-    if world() > 1 and rank():
-        dist.barrier()
+def one_for_all() -> Iterator[None]:
+    """A mistake that a user can mend, made on any process in this block, is raised on all: none waits for who has given up."""
+    told = None
     try:
         yield
-    finally:
-        if world() > 1 and not rank():
-            dist.barrier()
+    except (UsageError, DataError) as error:
+        if world() == 1:
+            raise
+        told = type(error), str(error)
+    kind, message = next((one for one in every(told) if one), (None, ""))
+    if kind:
+        raise kind(message)
+
+
+@contextlib.contextmanager
+def one_after_another() -> Iterator[None]:
+    """The first process of each machine does the block before the others of it: what it downloads or decodes, they find.
+
+    If it fails they need not try. See `one_for_all`.
+    """
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    with one_for_all():
+        if first or world() == 1:
+            yield
+    with one_for_all():
+        if not first and world() > 1:
+            yield
 
 
 def share_of(batch_size: int) -> int:

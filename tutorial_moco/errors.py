@@ -16,8 +16,8 @@ class LostProcess(RuntimeError):
 
     exit_status = 4
 
-    def __init__(self, who: str):
-        super().__init__(f"{who}; the same command goes on from the last checkpoint")
+    def __str__(self) -> str:
+        return f"{self.args[0]}; the same command goes on from the last checkpoint"
 
 
 class DataError(ValueError):

@@ -8,6 +8,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -18,11 +19,12 @@ from torchvision.models import ResNet, VisionTransformer, resnet50
 from tutorial_moco import __version__
 from tutorial_moco.augment import MEAN, STD
 from tutorial_moco.encoders import ViTBackbone
-from tutorial_moco.errors import UsageError
+from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.files import write_whole
 from tutorial_moco.official import TIMM_VIT, renamed
 from tutorial_moco.pretrain import load_encoder
 
+CARD = "Card written by `tutorial-moco export`."
 TOLERANCE = 1e-4  # largest difference of a feature, in parts of the largest feature
 # How the names of a ResNet's tensors begin in torchvision, and in Detectron2.
 DETECTRON2 = {"conv1.": "stem.conv1.", "bn1.": "stem.conv1.norm."}
@@ -45,10 +47,11 @@ def export(checkpoint: Path, form: str, out: Path) -> dict[str, object]:
 
     Returns:
         ``path``, ``bytes`` and ``largest_difference``: of a feature after it was read again, in parts of the largest; None
-        where the other program is not installed.
+        where the other program is not installed. (Detectron2 cannot be: no index that pip reads has it.)
 
     Raises:
-        DataError: no checkpoint. UsageError: the other program has no such network, or its package is missing.
+        DataError: no checkpoint, or its features are not finite. UsageError: the other program has no such network, or its
+            package is missing, or ``out`` has a README.md of yours.
     """
     encoder, recipe, state = load_encoder(checkpoint)
     backbone = encoder.backbone.eval()
@@ -56,10 +59,14 @@ def export(checkpoint: Path, form: str, out: Path) -> dict[str, object]:
     content, x = write(backbone), _pictures(backbone)
     path, difference = out / name, _difference(content, read, backbone, x) if read else None
     if difference is not None and not difference < TOLERANCE:
-        raise AssertionError(f"{form} gives other features than the checkpoint: a difference of {difference:.1e}")
+        raise DataError(f"{checkpoint} as {form} gives other features, by {difference:.1e} of the largest: use another format")
+    about = out / "README.md"
+    if about.exists() and CARD not in about.read_text(errors="replace"):
+        raise UsageError(f"--out {out} has a README.md of its own, which the card would replace: name another folder")
     write_whole(path, content)
     facts = {"recipe": json.loads(recipe.to_json()), "steps": state["step"], "data_hash": state.get("data_hash")}
-    write_whole(out / "README.md", card(form, backbone, encoder.feature_dim, facts).encode())
+    facts |= {"mean": state.get("mean", MEAN), "std": state.get("std", STD)}
+    write_whole(about, card(form, backbone, encoder.feature_dim, facts).encode())
     return {"path": str(path), "bytes": len(content), "largest_difference": difference, "format": form, **facts}
 
 
@@ -86,6 +93,15 @@ def _shape(backbone: ViTBackbone) -> dict[str, int]:
     }  # fmt: skip
 
 
+def _ours(backbone: ViTBackbone) -> dict[str, int]:
+    """The same for `ViTBackbone`."""
+    own = _shape(backbone)
+    return {
+        "side": own["image_size"], "patch": own["patch_size"], "layers": own["num_layers"], "heads": own["num_heads"],
+        "dim": own["hidden_dim"],
+    }  # fmt: skip
+
+
 def _timms_shape(backbone: ViTBackbone) -> dict[str, int]:
     """The same for timm's."""
     own = _shape(backbone)
@@ -103,19 +119,27 @@ def _plain(tensors: dict[str, Tensor]) -> bytes:
     return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
 
 
+def _by_ourselves(path: Path, backbone: nn.Module, x: Tensor) -> Tensor:
+    net = deepcopy(backbone)
+    for tensor in net.state_dict().values():
+        tensor.zero_()
+    net.load_state_dict(load_file(path))
+    return net(x)
+
+
 def _theirs(backbone: nn.Module) -> nn.Module:
-    """torchvision's own network of this kind, with fresh weights and without a classifier.
+    """torchvision's own network of this kind, with fresh weights.
 
     Raises:
         UsageError: it has none.
     """
     if isinstance(backbone, ViTBackbone):
         return VisionTransformer(**_shape(backbone))
-    if isinstance(backbone, ResNet) and backbone.conv1.kernel_size == (7, 7):
+    if isinstance(backbone, ResNet) and backbone.conv1.kernel_size == (7, 7) and type(backbone.bn1) is nn.BatchNorm2d:
         return resnet50()
     raise UsageError(
-        "torchvision, timm and Detectron2 have no such network (small encoders, or the stem for small images): "
-        "take --format safetensors or onnx"
+        "torchvision, timm and Detectron2 have no such network (a small encoder, the stem for small images, or another norm "
+        "than BatchNorm): take --format safetensors or onnx"
     )
 
 
@@ -192,7 +216,7 @@ def _by_onnx(path: Path, backbone: nn.Module, x: Tensor) -> Tensor | None:
 
 Writer, Reader = Callable[[nn.Module], bytes], Callable[[Path, nn.Module, Tensor], Tensor | None]
 FORMS: dict[str, tuple[str, Writer, Reader | None]] = {
-    "safetensors": ("model.safetensors", lambda backbone: _plain(backbone.state_dict()), None),
+    "safetensors": ("model.safetensors", lambda backbone: _plain(backbone.state_dict()), _by_ourselves),
     "torchvision": ("model.safetensors", _for_torchvision, _by_torchvision),
     "timm": ("model.safetensors", _for_timm, _by_timm),
     "detectron2": ("model.pth", _for_detectron2, None),
@@ -204,9 +228,9 @@ FORMS: dict[str, tuple[str, Writer, Reader | None]] = {
 
 READ_IT = {
     "safetensors": """from safetensors.torch import load_file
-from tutorial_moco.encoders import build_encoder
+from tutorial_moco.encoders import {maker}
 
-backbone = build_encoder("{encoder}", norm="{norm}").backbone
+backbone = {ours}
 backbone.load_state_dict(load_file("model.safetensors"))""",
     "torchvision": """from safetensors.torch import load_file
 import torchvision
@@ -220,6 +244,8 @@ net = {timm}
 net.load_state_dict(load_file("model.safetensors"))""",
     "detectron2": '''MODEL:
   WEIGHTS: "model.pth"
+  BACKBONE:
+    FREEZE_AT: 0
   PIXEL_MEAN: {mean255}
   PIXEL_STD: {std255}
   RESNETS:
@@ -242,12 +268,21 @@ def card(form: str, backbone: nn.Module, feature_dim: int, facts: dict[str, obje
     """A model card in Markdown: what it is, how it was made, what it wants, how it is read."""
     recipe, transformer = facts["recipe"], isinstance(backbone, ViTBackbone)
     words = {
-        "encoder": recipe["encoder"], "norm": recipe["norm"],
-        "mean255": [round(255 * value, 2) for value in MEAN], "std255": [round(255 * value, 2) for value in STD],
+        "maker": "ViTBackbone" if transformer else "build_encoder",
+        "ours": f"ViTBackbone({_words(_ours(backbone))})" if transformer
+        else f'build_encoder("{recipe["encoder"]}", norm="{recipe["norm"]}").backbone',
+        "mean255": [round(255 * value, 3) for value in facts["mean"]],
+        "std255": [round(255 * value, 3) for value in facts["std"]],
         "torchvision": f"VisionTransformer({_words(_shape(backbone))})" if transformer else "resnet50()",
         "timm": f"timm.models.VisionTransformer({_words(_timms_shape(backbone))})" if transformer
         else 'timm.create_model("resnet50", num_classes=0)',
     }  # fmt: skip
+    maker, made_of = f"tutorial_moco {__version__}, {facts['steps']:,} steps (Momentum Contrast, arXiv 1911.05722)", ""
+    if facts["data_hash"]:
+        made_of = f"SHA-256 of the training images and labels: {facts['data_hash']}."
+    else:
+        told = "settings below that the file does not tell are as published"
+        maker = f"the authors of MoCo, {facts['steps']:,} epochs on ImageNet ({told})"
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in recipe.items())
     language = "yaml" if form == "detectron2" else "python"
     return f"""---
@@ -258,11 +293,9 @@ tags: [contrastive-learning, momentum-contrast]
 
 # {recipe["mechanism"]}, {recipe["encoder"]}
 
-An encoder that was pre-trained without labels, {facts["steps"]:,} {"steps" if facts["data_hash"] else "epochs"}, by
-tutorial_moco {__version__} (Momentum Contrast, arXiv 1911.05722). Its features have {feature_dim} numbers.
+An encoder that was pre-trained without labels by {maker}. Its features have {feature_dim} numbers. {CARD}
 
-Images: RGB in [0, 1], less the mean {list(MEAN)}, divided by {list(STD)}. SHA-256 of the training images and labels:
-{facts["data_hash"] or "not known"}.
+Images: RGB in [0, 1], less the mean {list(facts["mean"])}, divided by {list(facts["std"])}. {made_of}
 
 ```{language}
 {READ_IT[form].format(**words)}

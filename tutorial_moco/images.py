@@ -8,6 +8,7 @@ later start reads only the split it needs.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import json
@@ -19,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import urllib.error
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -280,12 +282,19 @@ def _download(kind: type, name: str, size: int | None, cache: Path) -> Made:
             wrong = "File not found or corrupted" in str(error)
             reason = "what arrived is not the published file" if wrong else " ".join(str(error).split())
             told = f"{name} could not be downloaded ({reason})"
-            if pause is None:
+            if pause is None or not _may_pass(error):
                 mend = f"bring {kind.url} by hand and place it in {cache}, or take --data shapes, which needs no network"
                 raise DataError(f"{told}: {mend}") from error
             print(f"{told}: once more in {pause:g} s", file=sys.stderr)
             time.sleep(pause)
     raise AssertionError  # the last try returns or raises
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another try may help: not where the server has no such file, or the disk no room."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500
+    return getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager

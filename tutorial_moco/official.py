@@ -16,6 +16,7 @@ from tutorial_moco.mechanisms import Mechanism, MoCo, MoCoV3
 from tutorial_moco.recipes import Recipe
 
 QUERY = ("module.encoder_q.", "module.base_encoder.")  # how the names of f_q's tensors begin in v1 and v2, and in v3
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, by which their images were normalised
 VIT_HEADS = 12  # of v3's ViT-S and ViT-B alike; the tensors do not tell
 # How the names of a transformer's tensors begin in timm, and in torchvision; {} is the number of a layer.
 TIMM_VIT = {

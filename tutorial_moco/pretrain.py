@@ -14,17 +14,20 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
 
+from tutorial_moco import official
 from tutorial_moco.augment import AUGMENTATIONS, RecordedViews, one_view, plain_view, two_views
 from tutorial_moco.checkpoint import load_checkpoint, pack, previous_of, save_checkpoint, unpack
 from tutorial_moco.distributed import (
     at_step,
     average_,
+    copy_first_,
+    every,
     filled_up,
-    from_first,
     gather,
     highest,
     mean,
     mine,
+    one_for_all,
     rank,
     replica_of,
     share_of,
@@ -36,7 +39,6 @@ from tutorial_moco.evaluate import extract_features, knn_top1, notebooks_knn_top
 from tutorial_moco.images import ImageSet
 from tutorial_moco.losses import estimate_log_z, info_nce, nce, pretext_accuracy
 from tutorial_moco.mechanisms import Contrast, EndToEnd, Mechanism, MemoryBank, MoCo, MoCoV3, SimCLR
-from tutorial_moco.official import load_official
 from tutorial_moco.randomness import permutation
 from tutorial_moco.recipes import Recipe
 from tutorial_moco.speed import (
@@ -78,7 +80,7 @@ class Run:
     device: torch.device = field(default_factory=default_device)
     views: Callable[..., tuple[Tensor, Tensor]] = two_views
     replica: nn.Module | None = None  # of several processes: the mechanism, with gradients averaged over all
-    statistics: list[Tensor] = field(default_factory=list)  # BatchNorm's running ones, which reading the dictionary changes
+    undo: "Undo | None" = None
 
     @property
     def images_seen(self) -> int:
@@ -133,9 +135,11 @@ def pretrain(
     device = device or default_device()
     keep_freed_memory()
     reset_peak_memory(device)
-    run = start(recipe, train, device, dtype, compile=compile)
-    if out is not None:
-        resume(run, out)
+    with one_for_all():
+        run = start(recipe, train, device, dtype, compile=compile)
+        if out is not None:
+            resume(run, out)
+    check_all_agree(run, out)
     images = train.images.to(device)
     steps_of_epoch = len(train) // recipe.batch_size
     total = 60 * minutes if minutes else recipe.epochs * steps_of_epoch
@@ -147,6 +151,7 @@ def pretrain(
             if test is not None and len(run.monitor) < sum(done > moment - 1e-9 for moment in moments):
                 watch(run, train, test)
                 saved = -math.inf
+                (caught,) = highest(stop.caught or 0, device=device)
             if out is not None and time.monotonic() - saved > SAVE_EVERY:
                 save_run(run, out)
                 saved = time.monotonic()
@@ -159,10 +164,10 @@ def pretrain(
             if is_logged(run.step):
                 log(run, contrast, steps_of_epoch)
             spent = time.perf_counter() - start_time  # on a GPU up to the loss: the rest of a step runs into the next
-            spent, caught = highest(spent, stop.caught or 0, device=device)  # so all processes stop after the same step
+            spent, caught = highest(spent, stop.caught or 0, device=device)  # all processes stop after the same step
             run.seconds += spent
             show(bar, run, spent if minutes else 1)
-        stop.tell(caught)
+        stop.tell(*highest(stop.caught or 0, device=device))
     synchronize(device)
     run.peak_memory_bytes = max(run.peak_memory_bytes, peak_memory_bytes(device))
     if out is not None:
@@ -186,7 +191,9 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
     Raises:
         UsageError: the loss or its gradient is not finite; all that the run holds is as it was before the step.
     """
-    mechanism, before = run.mechanism, [statistic.clone() for statistic in run.statistics]
+    mechanism = run.mechanism
+    if run.undo:
+        run.undo.keep()
     with products_in(run.dtype):
         batch = views_of(run, images, index, epoch)
         index = mine(index)
@@ -195,27 +202,50 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
         loss = loss_of(run, contrast)
         (value,) = mean(loss, device=images.device)
         if not math.isfinite(value):
-            _refuse(run, before, f"the loss is {value} at step {run.step + 1}, {_not_finite(contrast, index)}")
+            _refuse(run, f"the loss is {value} at step {run.step + 1}, {_not_finite(contrast, index)}")
         run.optimizer.zero_grad()
         loss.backward()
-    norm = get_total_norm([p.grad for p in mechanism.parameters() if p.grad is not None]).item()
-    if not math.isfinite(norm):
-        _refuse(run, before, f"the gradient's length is {norm} at step {run.step + 1}, where the loss is {value:.3g}")
+    if not images.is_cuda:  # to read it there would be a second wait in a step; the next loss will show it
+        norm = get_total_norm([p.grad for p in mechanism.parameters() if p.grad is not None]).item()
+        if not math.isfinite(norm):
+            _refuse(run, f"the gradient's length is {norm} at step {run.step + 1}, where the loss is {value:.3g}")
     run.optimizer.step()
     if is_logged(run.step + 1):  # before the queue is written: it is what contrast.negatives looks at
         (run.pretext_accuracy,) = mean(pretext_accuracy(*contrast), device=images.device)
     mechanism.update_key_encoder()
     mechanism.update_dictionary(contrast, index)
-    average_([statistic for statistic in run.statistics if statistic.is_floating_point()])
+    if run.undo:
+        average_(run.undo.means)
     run.step += 1
     at_step(run.step)
     return value, contrast
 
 
-def _refuse(run: Run, before: list[Tensor], what: str) -> NoReturn:
+class Undo:
+    """BatchNorm's running statistics, the only thing that reading a dictionary changes, and what they were before a step."""
+
+    def __init__(self, mechanism: Mechanism):
+        buffers = dict(mechanism.named_buffers())
+        self.means = [tensor for name, tensor in buffers.items() if ".running_" in name]
+        self.counts = [tensor for name, tensor in buffers.items() if name.endswith("num_batches_tracked")]
+        self.before = [[tensor.clone() for tensor in kind] for kind in (self.means, self.counts)]
+
+    def keep(self) -> None:
+        self._copy((self.means, self.counts), self.before)
+
+    def restore(self) -> None:
+        self._copy(self.before, (self.means, self.counts))
+
+    def _copy(self, source, target) -> None:
+        for now, then in zip(source, target, strict=True):
+            if now:
+                torch._foreach_copy_(then, now)  # a call for all: on a GPU each costs more than its work
+
+
+def _refuse(run: Run, what: str) -> NoReturn:
     """End a step of which nothing has been written but the statistics."""
-    for now, then in zip(run.statistics, before, strict=True):
-        now.copy_(then)
+    if run.undo:
+        run.undo.restore()
     run.optimizer.zero_grad()
     raise UsageError(f"{what}: try a lower --lr or a higher --temperature")
 
@@ -346,17 +376,15 @@ def start(
     torch.manual_seed(recipe.seed)
     sample = plain_view(train.images[permutation(len(train), recipe.seed)[:5000]])
     encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm, images=sample).to(device)
-    dtype = dtype or from_first(choose_precision(encoder, sample[:128].to(device)))
+    dtype = dtype or every(choose_precision(encoder, sample[:128].to(device)))[0]
     mechanism = build_mechanism(recipe, encoder, len(train)).to(device)
+    copy_first_(mechanism)
     run = Run(recipe, mechanism, build_optimizer(recipe, mechanism), dtype, len(train), train.hash, device=device)
     if isinstance(mechanism, MemoryBank):
         fill_bank(run, train.images)
     if compile:  # at the end, since a bank is filled in batches of other lengths, and each would be compiled
         compile_run(run)
-    run.replica = replica_of(mechanism)
-    run.statistics = [
-        tensor for name, tensor in mechanism.named_buffers() if ".running_" in name or name.endswith("num_batches_tracked")
-    ]
+    run.replica, run.undo = replica_of(mechanism), Undo(mechanism)
     return run
 
 
@@ -382,7 +410,8 @@ def fill_bank(run: Run, images: Tensor) -> None:
         with autocast(run.device, run.dtype):
             run.mechanism.fill(plain_view(images[own].to(run.device)), own.to(run.device))
     synchronize(run.device)
-    run.seconds += time.perf_counter() - began
+    (spent,) = highest(time.perf_counter() - began, device=run.device)
+    run.seconds += spent
 
 
 def build_mechanism(recipe: Recipe, encoder, n: int) -> Mechanism:
@@ -431,8 +460,8 @@ def load_encoder(path: Path) -> tuple[Encoder, Recipe, dict[str, object]]:
         DataError: the file is missing, damaged or no checkpoint of a pre-training.
     """
     if path.name.endswith((".pth.tar", ".pth", ".pt")):
-        mechanism, recipe, epochs = load_official(path)
-        return mechanism.encoder, recipe, {"step": epochs, "dtype": "float32"}
+        mechanism, recipe, epochs = official.load_official(path)
+        return mechanism.encoder, recipe, {"step": epochs, "dtype": "float32", "mean": official.MEAN, "std": official.STD}
     tensors, state = load_checkpoint(path)
     if not any(name.startswith("mechanism.encoder.") for name in tensors):
         raise DataError(f"{path} holds no pre-trained encoder: give the checkpoint.safetensors of a run")
@@ -461,11 +490,24 @@ def resume(run: Run, out: Path) -> None:
     run.dtype = getattr(torch, state["dtype"])
     for name in ("step", "seconds", "window", "losses", "monitor", "peak_memory_bytes"):
         setattr(run, name, state[name])
-    if run.step != (first := from_first(run.step)):
-        where = f"step {run.step:,} for process {rank()}, at {first:,} for the first"
-        raise DataError(f"--out {out} is at {where}: name a folder that all machines share")
     if not rank():
         print(f"going on from step {run.step:,} in {out}", file=sys.stderr)
+
+
+def check_all_agree(run: Run, out: Path | None) -> None:
+    """Several processes train as one only from the same images and the same step.
+
+    Raises:
+        DataError: on all of them, if any has others.
+    """
+    for what, mend, own in (
+        ("images", "bring the same to each machine", run.data_hash),
+        (f"steps in --out {out}", "name a folder that all machines share", run.step),
+    ):
+        found = every(own)
+        other = next((r for r, one in enumerate(found) if one != found[0]), None)
+        if other is not None:
+            raise DataError(f"process {other} has other {what} than the first ({found[other]}, not {found[0]}): {mend}")
 
 
 def last_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, object]] | None:

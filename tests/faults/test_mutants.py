@@ -39,7 +39,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what is not finite changes nothing", "BatchNorm's statistics are not put back", "pretrain.py",
-        "now.copy_(then)", "pass",
+        "        run.undo.restore()\n", "        pass\n",
         "tests/test_pretrain.py::test_a_loss_or_gradient_that_is_not_finite_leaves_all_as_it_was",
     ),
     Mutation(
@@ -59,7 +59,8 @@ MUTATIONS = [
     ),
     Mutation(
         "no file is run", "published checkpoints are read with their pickles", "official.py",
-        "weights_only=True", "weights_only=False", "tests/faults/test_hostile.py::test_no_file_is_run_by_who_reads_it",
+        'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False',
+        "tests/faults/test_hostile.py::test_no_file_is_run_by_who_reads_it",
     ),
     Mutation(
         "the same bits after kill -9", "the optimizer's momentum is not put back", "pretrain.py",
@@ -101,7 +102,7 @@ MUTATIONS = [
     ),
     Mutation(
         "no process waits for one that is lost", "nobody listens for the others", "distributed.py",
-        "if lost := self.silent(SILENCE):", "if lost := False:",
+        "if lost := self.verdict or self.silent(2.5 * BEAT if alarmed else self.silence):", "if lost := False:",
         "tests/faults/test_processes.py::test_a_frozen_process_is_named_and_the_others_end[1]",
     ),
 ]  # fmt: skip
@@ -117,6 +118,11 @@ def copy(tmp_path_factory):
     return here
 
 
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.what.replace(" ", "_"))
+def test_what_is_to_be_broken_is_there_once(mutation):
+    assert (ROOT / "tutorial_moco" / mutation.file).read_text().count(mutation.code) == 1
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutation", MUTATIONS if FULL else MUTATIONS[:4], ids=lambda m: m.what.replace(" ", "_"))
 def test_broken_code_fails_its_test(mutation, copy, held):
@@ -124,6 +130,7 @@ def test_broken_code_fails_its_test(mutation, copy, held):
     sound = path.read_text()
     assert sound.count(mutation.code) == 1
     environment = {name: value for name, value in os.environ.items() if name != "TUTORIAL_MOCO_FAULTS"}
+    environment["PYTHONPATH"] = str(copy)  # so that programs which a test starts are broken, too
     words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test]
     try:
         path.write_text(sound.replace(mutation.code, mutation.instead))

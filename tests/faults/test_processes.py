@@ -103,6 +103,21 @@ def test_a_killed_process_is_named_and_the_same_command_ends_in_the_same_bits(wh
     held("no process waits for one that is lost", "one of two killed: named; the same command ends in the same bits", 1, 1)
 
 
+def test_of_four_the_killed_one_is_named_by_all_and_no_other_is(tmp_path, held):
+    ranks = begin_ranks(4, "moco", tmp_path, 0.05)
+    wait_until(lambda: steps_done(tmp_path) >= 5)
+    ranks[2].kill()
+    for process in ranks:
+        process.join(30)
+    assert ranks[2].exitcode == -signal.SIGKILL
+    assert {ranks[r].exitcode for r in (0, 1, 3)} <= {1, 4}  # 1: of the traceback; the command line makes it 4
+    said = (tmp_path / "log").read_text()
+    assert said.count(": process 2 has not been heard of for") == 3, said
+    assert "process 1 has not" not in said
+    assert "process 3 has not" not in said
+    held("no process waits for one that is lost", "one of four killed: named by the three others", 1, 1)
+
+
 def test_torchrun_starts_a_killed_process_again_and_ends_in_the_same_bits(whole, tmp_path, held):
     run = begun(tmp_path, 20, how=("--standalone", "--nproc-per-node", "2", "--max-restarts", "1"))
     os.kill(processes_of(tmp_path)[1], signal.SIGKILL)
@@ -175,6 +190,7 @@ def test_two_hosts_train_as_two_processes_of_one_do(hosts, whole, tmp_path, held
     for run in on_both(hosts, tmp_path):
         assert ended(run, tmp_path) == 0, (tmp_path / "log").read_text()
     assert {path.read_text() for path in tmp_path.glob("digest-*")} == {whole["moco"]}
+    held("the number of processes may change", "two hosts, one process each: the bits of two processes on one", 1, 1)
 
 
 def test_a_cut_cable_is_told_on_both_sides(hosts, whole, tmp_path, held):

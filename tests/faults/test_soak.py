@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trainings import FULL, PROCESSES, RECIPES, images
+from ranks import PROCESSES, random_images
+from trainings import FULL, RECIPES
 
 from tutorial_moco import pretrain as training
 
@@ -31,7 +32,14 @@ def soak(out: Path, answers) -> None:
     training.train_step, training.SAVE_EVERY = watched, 0.5
     recipe = RECIPES["moco"].replace(epochs=STEPS // 4)
     training.pretrain(
-        recipe, images(), images(20), monitor=20, out=out, device=torch.device("cpu"), dtype=torch.float32, progress=False
+        recipe,
+        random_images(side=8),
+        random_images(20, side=8),
+        monitor=20,
+        out=out,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        progress=False,
     )
     answers.put(found)
 

@@ -1,9 +1,6 @@
 """A short training to be killed, stopped and started again: in a process of its own that starts quickly, or by torchrun."""
 
-import hashlib
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # torchrun runs this file as a program
+
+from ranks import hash_of, random_images, start
+
 from tutorial_moco import cli, distributed
 from tutorial_moco import pretrain as training
-from tutorial_moco.checkpoint import pack
-from tutorial_moco.images import ImageSet
 from tutorial_moco.recipes import Recipe
 
 FULL = bool(os.environ.get("TUTORIAL_MOCO_FAULTS"))  # the full counts
@@ -25,13 +24,6 @@ RECIPES = {
     )
     for name in ("moco", "memory_bank", "end_to_end")
 }
-PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once, and each training is a fork of that
-PROCESSES.set_forkserver_preload(["tutorial_moco.pretrain"])
-
-
-def images(n: int = 64) -> ImageSet:
-    pixels = torch.randint(0, 256, (n, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return ImageSet("random", "train", pixels, torch.arange(n) % 2, ("even", "odd"), "hash of these")
 
 
 def begin(name: str, out: Path, pause: float = 0.0):
@@ -41,13 +33,7 @@ def begin(name: str, out: Path, pause: float = 0.0):
 
 def begin_ranks(W: int, name: str, out: Path, pause: float = 0.0) -> list:
     """The same as W processes, without torchrun, which takes some seconds to start."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    ranks = [PROCESSES.Process(target=_train, args=(r, W, port, name, out, pause)) for r in range(W)]
-    for process in ranks:
-        process.start()
-    return ranks
+    return start(W, _train, [(name, out, pause)] * W)
 
 
 def finish(name: str, out: Path, W: int = 1) -> str:
@@ -92,12 +78,10 @@ def wait_until(holds, seconds: float = 30.0) -> None:
         time.sleep(0.002)
 
 
-def _train(r: int, W: int, port: int, name: str, out: Path, pause: float) -> None:
+def _train(name: str, out: Path, pause: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log", "a", buffering=1)  # noqa: SIM115 - for as long as the process lives
     sys.stderr = sys.stdout = log
-    where = {"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": W, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in where.items()})
     with distributed.processes():
         train(name, out, pause)
 
@@ -118,15 +102,13 @@ def train(name: str, out: Path, pause: float) -> None:
 
     training.train_step = told
     run = training.pretrain(
-        RECIPES[name], images(), images(20), monitor=8, out=out, device=torch.device("cpu"), dtype=torch.float32, progress=False
-    )
-    digest = hashlib.sha256()
-    for key, tensor in sorted(pack(mechanism=run.mechanism, optimizer=run.optimizer).items()):
-        digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
+        RECIPES[name], random_images(side=8), random_images(20, side=8), monitor=8, out=out, device=torch.device("cpu"),
+        dtype=torch.float32, progress=False,
+    )  # fmt: skip
     records = [[point[field] for field in ("step", "loss", "pretext_accuracy", "filled")] for point in run.losses]
     records.append([point["knn_top1"] for point in run.monitor])
-    digest.update(repr([run.step, records]).encode())
-    (out / f"digest-{distributed.rank()}").write_text(digest.hexdigest())
+    digest = f"{hash_of(run.mechanism, optimizer=run.optimizer)} {run.step} {records}"
+    (out / f"digest-{distributed.rank()}").write_text(digest)
 
 
 def main() -> int:
