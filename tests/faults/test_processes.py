@@ -15,6 +15,7 @@ from trainings import FULL, RECIPES, STEPS, begin_ranks, finish, processes_of, s
 
 from tutorial_moco.checkpoint import load_checkpoint
 
+LONG = "it takes half a minute: make faults tries it"
 KILLS = 17 if FULL else 1  # of each mechanism
 
 
@@ -118,6 +119,7 @@ def test_of_four_the_killed_one_is_named_by_all_and_no_other_is(tmp_path, held):
     held("no process waits for one that is lost", "one of four killed: named by the three others", 1, 1)
 
 
+@pytest.mark.skipif(not FULL, reason=LONG)
 def test_torchrun_starts_a_killed_process_again_and_ends_in_the_same_bits(whole, tmp_path, held):
     run = begun(tmp_path, 20, how=("--standalone", "--nproc-per-node", "2", "--max-restarts", "1"))
     os.kill(processes_of(tmp_path)[1], signal.SIGKILL)
@@ -164,6 +166,7 @@ def hosts():
                 run_ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
                 for link in ("cable", "lo"):
                     run_ip("-n", name, "link", "set", link, "up")
+                run_ip("netns", "exec", name, "true")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"two hosts need network namespaces: {error.stderr.strip()}")
         yield list(zip(names, addresses, strict=True))
@@ -193,6 +196,7 @@ def test_two_hosts_train_as_two_processes_of_one_do(hosts, whole, tmp_path, held
     held("the number of processes may change", "two hosts, one process each: the bits of two processes on one", 1, 1)
 
 
+@pytest.mark.skipif(not FULL, reason=LONG)
 def test_a_cut_cable_is_told_on_both_sides(hosts, whole, tmp_path, held):
     runs = on_both(hosts, tmp_path, 0.05, silence=5)
     wait_until(lambda: steps_done(tmp_path) >= 5, 60)

@@ -11,7 +11,7 @@ from trainings import FULL, RECIPES
 
 from tutorial_moco import pretrain as training
 
-STEPS = 20_000 if FULL else 2_000
+STEPS = 20_000 if FULL else 1_000
 
 
 def soak(out: Path, answers) -> None:
@@ -55,7 +55,7 @@ def test_nothing_grows(tmp_path, held):
     late = steps > STEPS / 4  # before, memory that is kept fills up
     slope = np.polyfit(steps[late] / 1000, resident[late], 1)[0]
     assert len(steps) == 100
-    assert slope < 1.0 if FULL else slope < 5.0  # MiB in 1,000 steps; so few say less
+    assert slope < 1.0 if FULL else slope < 10.0  # MiB in 1,000 steps; so few say less
     assert np.ptp(files[late]) <= 1  # a save may be at work
     assert children.max() == 0
     held("nothing grows", f"{STEPS:,} steps with 20 evaluations and a save each 0.5 s: {slope:.2f} MiB in 1,000 steps", 1, 1)
