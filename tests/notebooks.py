@@ -4,6 +4,10 @@ import ast
 import json
 from pathlib import Path
 
+import pytest
+
+from tutorial_moco.checks import CheckFailed
+
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NAMES = sorted(path.name for path in FOLDER.glob("*.ipynb"))
 
@@ -31,3 +35,28 @@ def functions_of(name: str) -> dict[str, object]:
     namespace: dict[str, object] = {"__name__": name}
     exec(compile(ast.Module(kept, []), name, "exec"), namespace)
     return namespace
+
+
+def checks_as_tests(checks: dict[str, tuple], chapter: str) -> tuple:
+    """Two tests for a chapter's checks: what is right passes, and each known mistake is named.
+
+    Args:
+        checks: from a name to the check, wrong answers by the words that name their mistake, and a right answer.
+    """
+
+    @pytest.mark.parametrize("name", checks)
+    def passes(name, capsys):
+        check, _, right = checks[name]
+        check(right)
+        assert capsys.readouterr().out.startswith("[OK]")
+
+    @pytest.mark.parametrize(
+        ("name", "mistake"), [(name, wrong) for name, (_, wrongs, _) in checks.items() for wrong in wrongs]
+    )
+    def names(name, mistake):
+        check, wrong, _ = checks[name]
+        with pytest.raises(CheckFailed, match=mistake) as caught:
+            check(wrong[mistake])
+        assert f"Read: chapter {chapter}" in str(caught.value)
+
+    return passes, names

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from notebooks import functions_of
+from notebooks import checks_as_tests, functions_of
 from tutorial_moco import transfer
-from tutorial_moco.checks import CheckFailed
 from tutorial_moco.detection import average_precision
 from tutorial_moco.segmentation import mean_iou
 from tutorial_moco.transfer_checks import check_average_precision, check_few_labels, check_iou, check_mean_iou
@@ -154,17 +153,4 @@ CHECKS = {
     "mean_iou": (check_mean_iou, WRONG_MEANS, iou_of(range(4))),
 }
 
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_a_check_passes_what_is_right(name, capsys):
-    check, _, right = CHECKS[name]
-    check(right)
-    assert capsys.readouterr().out.startswith("[OK]")
-
-
-@pytest.mark.parametrize(("name", "mistake"), [(name, mistake) for name, (_, wrong, _) in CHECKS.items() for mistake in wrong])
-def test_a_check_names_the_mistake(name, mistake):
-    check, wrong, _ = CHECKS[name]
-    with pytest.raises(CheckFailed, match=mistake) as caught:
-        check(wrong[mistake])
-    assert "Read: chapter 08" in str(caught.value)
+test_a_check_passes_what_is_right, test_a_check_names_the_mistake = checks_as_tests(CHECKS, "08")

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from notebooks import functions_of
-from tutorial_moco.checks import CheckFailed
+from notebooks import checks_as_tests, functions_of
 from tutorial_moco.encoders import build_encoder
 from tutorial_moco.losses import info_nce
 from tutorial_moco.masked import MaskedAutoencoder, mask_order
@@ -149,17 +148,4 @@ CHECKS = {
     "masked_loss": (check_masked_loss, WRONG_MASKED, painted_error(of_hidden)),
 }
 
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_a_check_passes_what_is_right(name, capsys):
-    check, _, right = CHECKS[name]
-    check(right)
-    assert capsys.readouterr().out.startswith("[OK]")
-
-
-@pytest.mark.parametrize(("name", "mistake"), [(name, mistake) for name, (_, wrong, _) in CHECKS.items() for mistake in wrong])
-def test_a_check_names_the_mistake(name, mistake):
-    check, wrong, _ = CHECKS[name]
-    with pytest.raises(CheckFailed, match=mistake) as caught:
-        check(wrong[mistake])
-    assert "Read: chapter 09" in str(caught.value)
+test_a_check_passes_what_is_right, test_a_check_names_the_mistake = checks_as_tests(CHECKS, "09")

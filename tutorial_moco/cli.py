@@ -448,9 +448,7 @@ def exit_status(prog: str, work: Callable[[], None], again: str) -> int:
     except (UsageError, DataError, LostProcess) as error:
         if isinstance(error, LostProcess) and process() is not None:
             prog = f"{prog} (process {process()})"
-        elif (
-            int(os.environ.get("LOCAL_RANK", 0)) and process()
-        ):  # other mistakes are raised on all: one of a machine tells them
+        elif process() and int(os.environ["LOCAL_RANK"]):  # other mistakes are raised on all: one of a machine tells them
             return error.exit_status
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_status

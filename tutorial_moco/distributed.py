@@ -291,23 +291,22 @@ def one_after_another() -> Iterator[None]:
 
     If it fails they need not try. See `one_for_all`.
     """
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    first = world() == 1 or int(os.environ["LOCAL_RANK"]) == 0
     with one_for_all():
-        if first or world() == 1:
+        if first:
             yield
     with one_for_all():
-        if not first and world() > 1:
+        if not first:
             yield
 
 
-def share_of(batch_size: int) -> int:
-    """B / W.
+def check_share(batch_size: int) -> None:
+    """Whether W processes can share batches of B.
 
     Raises:
-        UsageError: it is no whole number, or below 2.
+        UsageError: B / W is no whole number, or below 2.
     """
     if batch_size % world() or batch_size // world() < 2:
         raise UsageError(
             f"--batch-size {batch_size} is not to be shared by {world()} processes: take a multiple, {2 * world()} or more"
         )
-    return batch_size // world()

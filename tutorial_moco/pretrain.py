@@ -20,6 +20,7 @@ from tutorial_moco.checkpoint import load_checkpoint, pack, previous_of, save_ch
 from tutorial_moco.distributed import (
     at_step,
     average_,
+    check_share,
     copy_first_,
     every,
     filled_up,
@@ -30,7 +31,6 @@ from tutorial_moco.distributed import (
     one_for_all,
     rank,
     replica_of,
-    share_of,
     world,
 )
 from tutorial_moco.encoders import Encoder, build_encoder
@@ -351,7 +351,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, done: fl
 
 def check(recipe: Recipe, n: int, minutes: float | None) -> None:
     """What a recipe must satisfy for n images, and for the processes that share its batches."""
-    share_of(recipe.batch_size)
+    check_share(recipe.batch_size)
     if world() > 1 and recipe.shuffle and recipe.symmetric:
         raise UsageError(f"--shuffle with --symmetric is for one process, not {world()}: leave one of the two out")
     if recipe.batch_size > n:
