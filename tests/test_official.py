@@ -7,13 +7,17 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision import transforms
 
-from tutorial_moco import cli
+from tutorial_moco import cli, compare, transfer
+from tutorial_moco.annotated import load_annotated
 from tutorial_moco.errors import DataError
 from tutorial_moco.export import export
+from tutorial_moco.images import load_images
 from tutorial_moco.mechanisms import MoCo, MoCoV3
 from tutorial_moco.official import load_official
 from tutorial_moco.pretrain import load_encoder
+from tutorial_moco.transfer import load_trained, save_trained
 
 
 def mlp(*widths, last_norm=True):
@@ -152,6 +156,36 @@ def test_the_commands_take_a_published_checkpoint(tmp_path, monkeypatch, capsys)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["recipe"]["encoder"] == "resnet50"
     assert 10 < found["linear_top1"] <= 100
+
+
+def test_the_commands_normalise_images_as_a_published_checkpoint_takes_them(tmp_path, monkeypatch):
+    path, digits = save(tmp_path / "moco_v1.pth.tar", v1_or_v2(1)[2]), load_images("digits", "test").take(slice(0, 6))
+    backbone, taken = load_encoder(path)[0].eval().backbone, transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with torch.no_grad():
+        expected = backbone(taken(digits.images / 255))
+    seen = []
+    monkeypatch.setattr(compare, "evaluate_features", lambda train, *rest: seen.append(train) or {})
+    compare.evaluate_checkpoint(path, digits, digits)
+    monkeypatch.setattr(transfer, "linear_top1", lambda train, *rest: seen.append(train) or 0.0)
+    start = transfer.load_start(path, torch.empty(0))
+    transfer.classify(start, digits, digits)
+    for features in seen:
+        torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
+    assert len(seen) == 2
+
+    trained = []
+    monkeypatch.setattr(transfer, "fit", lambda model, *rest, **how: trained.append(model) or 0.0)
+    monkeypatch.setattr(transfer, "average_precision", lambda *rest: {})
+    monkeypatch.setattr(transfer, "mean_iou", lambda *rest: 0.0)
+    few = load_annotated("scenes", "train", "segment", n=2)
+    for task in ("detect", "segment"):
+        transfer.dense(
+            start, task, few, few, dtype=torch.float32, keep=lambda t, task=task: save_trained(tmp_path / task, t, {})
+        )
+    assert tuple(trained[0].transform.image_mean) == (0.485, 0.456, 0.406)
+    torch.testing.assert_close(trained[1].std.flatten(), torch.tensor((0.229, 0.224, 0.225)))
+    again, _ = load_trained(tmp_path / "detect")
+    assert tuple(again.transform.image_std) == (0.229, 0.224, 0.225)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor
 from tutorial_moco import figures
 from tutorial_moco.augment import plain_view, two_views
 from tutorial_moco.distributed import rank
+from tutorial_moco.encoders import reading
 from tutorial_moco.evaluate import (
     KNN_K,
     KNN_TEMPERATURE,
@@ -137,8 +138,8 @@ def evaluate_checkpoint(path: Path, train_set: ImageSet, test_set: ImageSet) -> 
     """
     encoder, recipe, state = load_encoder(path)
     device, dtype = default_device(), getattr(torch, state["dtype"])  # read in the format it was trained in
-    encoder.to(device)
-    features = [extract_features(encoder.backbone, images.images, dtype=dtype) for images in (train_set, test_set)]
+    backbone = reading(encoder.backbone, state["mean"], state["std"]).to(device)
+    features = [extract_features(backbone, images.images, dtype=dtype) for images in (train_set, test_set)]
     if rank():
         return {}
     accuracy = evaluate_features(*features, train_set, test_set)

@@ -62,6 +62,8 @@ def build_detector(
     neck: Literal["fpn", "c4"] = "fpn",
     image_size: int | None = None,
     frozen: bool = False,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
 ) -> nn.Module:
     """Faster, Mask or Keypoint R-CNN around a copy of the backbone; all but the copy has fresh weights.
 
@@ -71,7 +73,7 @@ def build_detector(
         neck: ``fpn``, a pyramid of the stages from stride 4 on; ``c4``, the last stage but one, whose last stage then
             is the box head, as in the paper.
         image_size: shorter side in pixels that images are brought to; 96 for encoders of small images, 800 for others if None.
-        frozen: the encoder keeps its weights.
+        frozen: the encoder keeps its weights. mean, std: of the images as the encoder takes them.
 
     Raises:
         UsageError: the backbone has no maps of several sizes.
@@ -85,7 +87,7 @@ def build_detector(
     shorter = image_size or size.image[0]
     common = {
         "rpn_anchor_generator": anchors, "min_size": shorter, "max_size": round(shorter * size.image[1] / size.image[0]),
-        "image_mean": MEAN, "image_std": STD, "box_batch_size_per_image": size.rois, **box,
+        "image_mean": mean, "image_std": std, "box_batch_size_per_image": size.rois, **box,
         **{f"rpn_{when}_nms_top_n_train": size.proposals for when in ("pre", "post")},
         **{f"rpn_{when}_nms_top_n_test": size.proposals // 2 for when in ("pre", "post")},
     }  # fmt: skip

@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
+from tutorial_moco.augment import MEAN, STD
 from tutorial_moco.errors import UsageError
 
 
@@ -75,6 +76,25 @@ def build_predictor(dim: int) -> nn.Module:
 
 def _normed(inputs: int, outputs: int) -> list[nn.Module]:
     return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+
+
+class Renormalise(nn.Module):
+    """Images normalised by this package's `augment.MEAN` and ``STD``, brought to another mean and standard deviation."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        here, there = torch.tensor((MEAN, STD)), torch.tensor((mean, std))
+        self.register_buffer("scale", (here[1] / there[1])[:, None, None])
+        self.register_buffer("shift", ((here[0] - there[0]) / there[1])[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+def reading(backbone: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
+    """The backbone as it takes what `augment.plain_view` gives, if it was trained on images of this mean and std."""
+    same = (tuple(mean), tuple(std)) == (MEAN, STD)
+    return backbone if same else nn.Sequential(Renormalise(mean, std), backbone).to(next(backbone.parameters()).device)
 
 
 # Backbones -----------------------------------------------------------------------------------------------------------

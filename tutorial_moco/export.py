@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torchvision.models import ResNet, VisionTransformer, resnet50
 
 from tutorial_moco import __version__
-from tutorial_moco.augment import MEAN, STD
 from tutorial_moco.encoders import ViTBackbone
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.files import write_whole
@@ -65,7 +64,7 @@ def export(checkpoint: Path, form: str, out: Path) -> dict[str, object]:
         raise UsageError(f"--out {out} has a README.md of its own, which the card would replace: name another folder")
     write_whole(path, content)
     facts = {"recipe": json.loads(recipe.to_json()), "steps": state["step"], "data_hash": state.get("data_hash")}
-    facts |= {"mean": state.get("mean", MEAN), "std": state.get("std", STD)}
+    facts |= {"mean": state["mean"], "std": state["std"]}
     write_whole(about, card(form, backbone, encoder.feature_dim, facts).encode())
     return {"path": str(path), "bytes": len(content), "largest_difference": difference, "format": form, **facts}
 

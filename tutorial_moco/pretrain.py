@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
 
 from tutorial_moco import official
-from tutorial_moco.augment import AUGMENTATIONS, RecordedViews, one_view, plain_view, two_views
+from tutorial_moco.augment import AUGMENTATIONS, MEAN, STD, RecordedViews, one_view, plain_view, two_views
 from tutorial_moco.checkpoint import load_checkpoint, pack, previous_of, save_checkpoint, unpack
 from tutorial_moco.distributed import (
     at_step,
@@ -453,6 +453,8 @@ def save_run(run: Run, out: Path) -> None:
 def load_encoder(path: Path) -> tuple[Encoder, Recipe, dict[str, object]]:
     """The query encoder of a checkpoint, float32 on the CPU, the recipe it was trained by, and what else is told of it.
 
+    ``mean`` and ``std`` are those of the images as it takes them.
+
     Args:
         path: a checkpoint of this package, or one of the published MoCo (``.pth.tar``), of which ``step`` is the epoch.
 
@@ -468,7 +470,7 @@ def load_encoder(path: Path) -> tuple[Encoder, Recipe, dict[str, object]]:
     recipe = Recipe.from_json(state["recipe"])
     encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm)
     unpack({name.removeprefix("mechanism."): tensor for name, tensor in tensors.items()}, encoder=encoder)
-    return encoder, recipe, state
+    return encoder, recipe, {"mean": MEAN, "std": STD, **state}
 
 
 def resume(run: Run, out: Path) -> None:

@@ -23,9 +23,19 @@ class Segmenter(nn.Module):
     In training mode it takes lists of images (3, H, W) in [0, 1] and targets with ``semantic`` (H, W), and returns a
     dictionary with the loss; else a list of dictionaries with ``semantic``, int64 (H, W). Images may differ in size; with
     an ``image_size`` their shorter side is brought to so many pixels for the network, and its answer back to theirs.
+    ``mean`` and ``std`` are those of the images as the encoder takes them.
     """
 
-    def __init__(self, backbone: nn.Module, classes: int, *, frozen: bool = False, image_size: int | None = None):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classes: int,
+        *,
+        frozen: bool = False,
+        image_size: int | None = None,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
+    ):
         super().__init__()
         self.image_size = image_size
         self.net, stages = trunk(backbone)
@@ -34,8 +44,8 @@ class Segmenter(nn.Module):
         if frozen:
             freeze(self.net)
         self.head = FCNHead(channels, classes + 1)
-        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
-        self.register_buffer("std", torch.tensor(STD)[:, None, None])
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
         originals, images = [image.shape[-2:] for image in images], [self._fit(image) for image in images]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from tutorial_moco.annotated import Annotated
-from tutorial_moco.augment import plain_view
+from tutorial_moco.augment import MEAN, STD, plain_view
 from tutorial_moco.checkpoint import halved, load_checkpoint, pack, save_checkpoint, single, unpack
 from tutorial_moco.dense import Batches, answers, fit
 from tutorial_moco.detection import average_precision, build_detector
-from tutorial_moco.encoders import build_encoder
+from tutorial_moco.encoders import build_encoder, reading
 from tutorial_moco.errors import DataError
 from tutorial_moco.evaluate import extract_features, linear_probe, linear_top1
 from tutorial_moco.images import ImageSet
@@ -42,13 +42,18 @@ SETTINGS = {"classify": (5, 64, 0.1), "detect": (8, 8, 0.02), "keypoints": (8, 8
 
 @dataclass(frozen=True)
 class Start:
-    """An encoder to start from: its backbone, the length of its features, and the recipe it was made by."""
+    """An encoder to start from: its backbone, the length of its features, and the recipe it was made by.
+
+    ``mean`` and ``std`` are those of the images as it takes them.
+    """
 
     name: str
     backbone: nn.Module
     feature_dim: int
     recipe: Recipe
     steps: int = 0  # it was trained
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
 
 
 def load_start(checkpoint: str | Path, images: Tensor, *, encoder: str = "small", seed: int = 0) -> Start:
@@ -71,7 +76,7 @@ def load_start(checkpoint: str | Path, images: Tensor, *, encoder: str = "small"
                 made(part)
         return Start(FRESH, made.backbone, made.feature_dim, recipe)
     made, recipe, state = load_encoder(Path(checkpoint))
-    return Start(str(checkpoint), made.backbone, made.feature_dim, recipe, state["step"])
+    return Start(str(checkpoint), made.backbone, made.feature_dim, recipe, state["step"], state["mean"], state["std"])
 
 
 # Classification ------------------------------------------------------------------------------------------------------
@@ -113,7 +118,7 @@ def classify(
     """
     part = train if share == 1 else train.take(few_labels(train.labels, share, seed))
     device = default_device()
-    backbone = deepcopy(start.backbone).to(device)
+    backbone = reading(deepcopy(start.backbone).to(device), start.mean, start.std)
     if how == "linear":
         known, asked = (extract_features(backbone, images.images) for images in (part, test))
         return {"labels": len(part), "linear_top1": linear_top1(known, part.labels, asked, test.labels)}
@@ -217,6 +222,7 @@ def dense(
     epochs, batch_size, lr = epochs or usual[0], batch_size or usual[1], lr or usual[2]
     kinds = {"detect": ["boxes", "masks"] if train.has_masks else ["boxes"], "keypoints": ["boxes", "keypoints"], "segment": []}
     how = {"task": task, "classes": len(train.classes), "frozen": frozen, "image_size": image_size}
+    how |= {"mean": start.mean, "std": start.std}
     if task != "segment":
         how |= {"kind": kinds[task][-1], "keypoints": len(train.keypoints), "neck": neck}
     torch.manual_seed(seed)
