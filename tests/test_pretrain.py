@@ -31,6 +31,7 @@ MECHANISMS = {
     "moco_v3": {"mechanism": "moco_v3", "head": "mlp3"},
 }
 VARIANTS = MECHANISMS | {
+    "moco_v3": {"mechanism": "moco_v3", "head": "mlp3", "temperature": 1.0},
     "moco_symmetric_shuffled": {"symmetric": True, "shuffle": True, "norm": "split:2", "warmup": 0.3},
     "moco_nce_adamw": {"loss": "nce", "optimizer": "adamw", "lr": 0.001},
     "memory_bank_nce_all": {"mechanism": "memory_bank", "loss": "nce", "K": 63},
@@ -154,23 +155,19 @@ def test_the_same_recipe_gives_the_same_run():
 # Captured with torch 2.14 on x86-64 (AVX-512), float32, one thread, once the hue turned about (1, 1, 1), which is nearer
 # to torchvision's than the turn in YIQ was, and a first pass filled the memory bank.
 # Both of NCE were captured again when its normaliser became that of the step at hand. All digits were kept later, with the
-# machine they are of: there they are to be met exactly.
-CAPTURED_ON = "torch 2.14.1+cu130, processor ee5d963412f3"
+# machine they are of: there they are to be met exactly. On another processor (AMD) v3's were 1.5e-3 away at the fourth step:
+# at a temperature of 0.1 its loss doubles a rounding at each step. It got its paper's temperature, 1, and all were captured
+# on that processor; the others had stayed within 1e-5 of what they were.
+CAPTURED_ON = "torch 2.14.1+cu130, processor 309d57536faf"
 GOLDEN = {
-    "moco": [5.283072471618652, 3.6641550064086914, 3.0364625453948975, 2.6367175579071045, 2.634425640106201],
-    "memory_bank": [5.136188507080078, 4.899423599243164, 5.141936302185059, 6.584392070770264, 4.304831027984619],
-    "end_to_end": [6.841002464294434, 3.334275484085083, 3.083061456680298, 2.9055888652801514, 2.9262287616729736],
-    "simclr": [7.880486011505127, 3.4427967071533203, 3.468400239944458, 3.4694366455078125, 3.3731448650360107],
-    "moco_v3": [7.477916240692139, 5.704814434051514, 6.390507698059082, 6.327035903930664, 6.06183385848999],
-    "moco_symmetric_shuffled": [
-        5.771067142486572,
-        5.804062843322754,
-        5.489411354064941,
-        2.9273102283477783,
-        2.1309332847595215,
-    ],
-    "moco_nce_adamw": [6.6059441566467285, 6.895236968994141, 8.729954719543457, 7.464066028594971, 5.924095153808594],
-    "memory_bank_nce_all": [7.696802616119385, 7.629129409790039, 7.652665615081787, 8.90856647491455, 5.960422039031982],
+    "moco": [5.2830729484558105, 3.664156436920166, 3.0364608764648438, 2.6367146968841553, 2.6344239711761475],
+    "memory_bank": [5.136188983917236, 4.899422645568848, 5.1419358253479, 6.584390640258789, 4.304831504821777],
+    "end_to_end": [6.841003894805908, 3.334275245666504, 3.083059787750244, 2.905590057373047, 2.92622971534729],
+    "simclr": [7.880488872528076, 3.4427976608276367, 3.468400716781616, 3.4694368839263916, 3.3731448650360107],
+    "moco_v3": [2.920954704284668, 2.695741653442383, 2.7870428562164307, 2.8337020874023438, 2.8819236755371094],
+    "moco_symmetric_shuffled": [5.7710652351379395, 5.804062366485596, 5.489412307739258, 2.927312135696411, 2.130934715270996],
+    "moco_nce_adamw": [6.605945110321045, 6.895239353179932, 8.729958534240723, 7.464067459106445, 5.924093723297119],
+    "memory_bank_nce_all": [7.696803092956543, 7.629128932952881, 7.6526665687561035, 8.90856647491455, 5.960422515869141],
 }
 
 
@@ -490,7 +487,8 @@ CHANGES = {
 
 
 def test_no_setting_is_left_out_below():
-    assert set(CHANGES) == {field.name for field in dataclasses.fields(Recipe)}
+    of_encoded_pictures = {"view_size"}  # tests/test_encoded.py
+    assert set(CHANGES) | of_encoded_pictures == {field.name for field in dataclasses.fields(Recipe)}
 
 
 @pytest.mark.parametrize("field", CHANGES)

@@ -86,7 +86,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the number of processes may change", "keys stay in their shuffled order", "mechanisms.py",
-        "mine(gather(keys)[torch.argsort(order)])", "mine(gather(keys))", f"{TOGETHER}[moco_shuffled-2]",
+        "mine(gather(keys)[torch.argsort(order)])", "mine(gather(keys))",
+        "tests/test_distributed.py::test_shuffling_by_the_loader_is_shuffling_by_sending_images[2]",
     ),
     Mutation(
         "the number of processes may change", "each process enqueues its own keys alone", "mechanisms.py",
