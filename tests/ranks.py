@@ -91,21 +91,22 @@ def hash_of(mechanism: Mechanism, **others) -> str:
     return digest.hexdigest()
 
 
-def some_steps(recipe: Recipe, steps: int, held: bool = False) -> dict[str, list]:
+def some_steps(recipe: Recipe, steps: int, held: bool = False, images: ImageSet | None = None) -> dict[str, list]:
     """The first steps of a training: of each the loss, a hash of the mechanism, and which images this process saw.
 
     Args:
         held: BatchNorm with its running statistics, so that a loss does not depend on who shares a batch.
+        images: random ones if left out.
     """
-    images = random_images()
+    images = images or random_images()
     run = training.start(recipe, images, CPU, torch.float32)
     if held:
         run.mechanism.eval()
     found = {"loss": [], "hash": [], "seen": [], "queries": []}
-    for epoch, index in islice(training.batches(len(images), recipe, 0, CPU), steps):
+    for epoch, index, given in islice(training.fed(run, images.images), steps):
         training.set_learning_rate(run.optimizer, recipe, 0.0)
         wanted = training.part(run, index)
-        loss, _ = training.train_step(run, images.images[wanted], index, epoch)
+        loss, _ = training.train_step(run, given, index, epoch)
         found["loss"].append(loss)
         found["hash"].append(hash_of(run.mechanism))
         found["queries"].append(distributed.mine(index).tolist())

@@ -9,12 +9,14 @@ from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from ranks import hash_of, random_images, some_steps, together
 
 from tutorial_moco import cli, compare, distributed
 from tutorial_moco import pretrain as training
 from tutorial_moco.augment import two_views
 from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.images import load_images
 from tutorial_moco.recipes import Recipe
 
 CPU = torch.device("cpu")
@@ -50,6 +52,20 @@ def test_processes_hold_the_same_bits_and_train_as_one_does(name, W, held):
         assert sorted(queries) == list(range(64))
     told = f"{W} processes, {len(TRAINED)} settings: the same bits in each, one process's losses to 1e-5"
     held("the number of processes may change", told, 1, 1)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_processes_train_as_one_does_on_pictures_that_stay_encoded(shuffle, tmp_path):
+    for number, pixels in enumerate(random_images().images):
+        place = tmp_path / "train" / f"class{number % 2}" / f"{number:02}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place)
+    images = load_images(tmp_path, "train", view_size=16)
+    recipe, steps = BASE.replace(shuffle=shuffle, view_size=16, batch_size=8), 2 * (len(images) // 8)
+    (alone,) = together(1, some_steps, recipe.replace(norm="split:2"), steps, False, images)
+    ranks = together(2, some_steps, recipe, steps, False, images)
+    assert ranks[0]["hash"] == ranks[1]["hash"]
+    assert ranks[0]["loss"] == pytest.approx(alone["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", HELD)

@@ -177,7 +177,7 @@ def test_the_commands_normalise_images_as_a_published_checkpoint_takes_them(tmp_
     monkeypatch.setattr(transfer, "fit", lambda model, *rest, **how: trained.append(model) or 0.0)
     monkeypatch.setattr(transfer, "average_precision", lambda *rest: {})
     monkeypatch.setattr(transfer, "mean_iou", lambda *rest: 0.0)
-    few = load_annotated("scenes", "train", "segment", n=2)
+    few = load_annotated("scenes", "train", "segment", n=8)
     for task in ("detect", "segment"):
         transfer.dense(
             start, task, few, few, dtype=torch.float32, keep=lambda t, task=task: save_trained(tmp_path / task, t, {})

@@ -68,12 +68,30 @@ def _zip_files(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Sourc
 
 
 def _tar_files(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Source]]:
+    for tar, info in _tar_members(path):
+        yield info.name, io.BytesIO(tar.extractfile(info).read()) if info.name in wanted else None
+
+
+def places_in_tar(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Of each file in a .tar that is not compressed its name, its first byte and how many it has."""
+    try:
+        for _, info in _tar_members(path):
+            if info.issparse():
+                raise DataError(f"{path} is refused: its member {info.name!r} has holes, pack it anew")
+            yield info.name, info.offset_data, info.size
+    except (OSError, tarfile.TarError, ValueError, EOFError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is truncated or damaged: {error or type(error).__name__}; fetch it again") from error
+
+
+def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     open_stream = {".xz": lzma.open, ".gz": gzip.open, ".tgz": gzip.open}.get(path.suffix.lower(), open)
     with open_stream(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:", tarinfo=_TarHeader) as tar:
         for info in tar:
             _refuse_unsafe(path, info.name, info.size, info.isreg() or info.isdir())
             if info.isreg():
-                yield info.name, io.BytesIO(tar.extractfile(info).read()) if info.name in wanted else None
+                yield tar, info
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("the end of the archive is missing")
         while stream.read(1 << 20):  # the checksum of what was decompressed stands at the very end

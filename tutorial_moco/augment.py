@@ -68,7 +68,7 @@ def two_views(
     """Two independent random views of each image: the query's and the key's.
 
     Args:
-        images: uint8 (B, 3, H, W).
+        images: uint8 (B, 3, H, W); or (2, B, 3, size, size), cropped before for each view, by `encoded.EncodedImages`.
         index: int64 (B,), each image's number in the data set: with seed and epoch it decides the view.
         augmentation: a name in ``AUGMENTATIONS``.
         size: height and width of the views in pixels; that of the images if None.
@@ -77,21 +77,19 @@ def two_views(
         Two float32 tensors (B, 3, size, size), normalised, in channels_last memory.
     """
     first, second = AUGMENTATIONS[augmentation]
+    how = {"seed": seed, "epoch": epoch, "size": size, "cropped": images.dim() == 5}
+    both = images if how["cropped"] else images.expand(2, *images.shape)
     if first == second:  # one batch of both is quicker than two
-        view = torch.arange(2, device=images.device).repeat_interleave(len(images))
-        both = random_view(
-            images.repeat(2, 1, 1, 1), index.repeat(2), first, seed=seed, epoch=epoch, view=view[:, None], size=size
-        )
-        return both.chunk(2)
-    return (
-        random_view(images, index, first, seed=seed, epoch=epoch, view=0, size=size),
-        random_view(images, index, second, seed=seed, epoch=epoch, view=1, size=size),
-    )
+        view = torch.arange(2, device=images.device).repeat_interleave(len(index))
+        return random_view(both.flatten(0, 1), index.repeat(2), first, view=view[:, None], **how).chunk(2)
+    return tuple(random_view(both[view], index, recipe, view=view, **how) for view, recipe in enumerate((first, second)))
 
 
-def one_view(images: Tensor, index: Tensor, augmentation: str, view: int, *, seed: int = 0, epoch: int = 0) -> Tensor:
-    """One of `two_views` alone: the query's (0) or the key's (1), and the same as there."""
-    return random_view(images, index, AUGMENTATIONS[augmentation][view], seed=seed, epoch=epoch, view=view)
+def one_view(
+    images: Tensor, index: Tensor, augmentation: str, view: int, *, seed: int = 0, epoch: int = 0, cropped: bool = False
+) -> Tensor:
+    """One of `two_views` alone: the query's (0) or the key's (1), and the same as there; of images or of its crops."""
+    return random_view(images, index, AUGMENTATIONS[augmentation][view], seed=seed, epoch=epoch, view=view, cropped=cropped)
 
 
 class RecordedViews:
@@ -134,14 +132,16 @@ def random_view(
     epoch: int | Tensor,
     view: int | Tensor,
     size: int | None = None,
+    cropped: bool = False,
 ) -> Tensor:
     """One random view of each image; a function of (seed, epoch, view, index) and the image alone. See `two_views`."""
-    height, width = images.shape[-2:]
-    size = size or height
-    u = uniform(seed, epoch, view, index.to(images.device)[:, None], torch.arange(40, device=images.device))
-    top, left, crop_height, crop_width = crop_boxes(u[:, :22], height, width, recipe.crop_scale, recipe.crop_ratio)
-    flip = u[:, 22] < recipe.flip
-    x = crop_resize(images, top, left, crop_height, crop_width, flip, size)
+    size = size or images.shape[-2]
+    u = draws(index.to(images.device), seed=seed, epoch=epoch, view=view)
+    if cropped:
+        x = images.float().div_(255)
+    else:
+        box, flip = framing(u, *images.shape[-2:], recipe)
+        x = crop_resize(images, *box, flip, size)
     if recipe.jitter_p or recipe.grayscale:
         factors, order = jitter_factors(u[:, 23:27], recipe.jitter), torch.argsort(u[:, 27:31], dim=1)
         factors = torch.where((u[:, 31] < recipe.jitter_p)[:, None], factors, constant(_AS_IT_IS, x.device))
@@ -153,6 +153,18 @@ def random_view(
     if recipe.solarize:
         x = torch.where((u[:, 35] < recipe.solarize)[:, None, None, None] & (x >= 0.5), 1 - x, x)
     return normalise(x)
+
+
+def draws(index: Tensor, *, seed: int, epoch: int | Tensor, view: int | Tensor) -> Tensor:
+    """All that is random in a view, uniform in [0, 1), (B, 40); the first 23 are for `framing`."""
+    return uniform(seed, epoch, view, index[:, None], torch.arange(40, device=index.device))
+
+
+def framing(
+    u: Tensor, height: int | Tensor, width: int | Tensor, recipe: Augmentation
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Which part of each image a view shows, as from `crop_boxes`, and whether it is mirrored, bool (B,)."""
+    return crop_boxes(u[:, :22], height, width, recipe.crop_scale, recipe.crop_ratio), u[:, 22] < recipe.flip
 
 
 def plain_view(images: Tensor) -> Tensor:
@@ -176,7 +188,7 @@ def constant(values: tuple, device: torch.device) -> Tensor:
 
 
 def crop_boxes(
-    u: Tensor, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+    u: Tensor, height: int | Tensor, width: int | Tensor, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RandomResizedCrop's boxes: (top, left, height, width), each float32 (B,) holding whole pixels.
 
@@ -185,19 +197,22 @@ def crop_boxes(
 
     Args:
         u: uniform numbers in [0, 1), (B, 22): ten areas, ten ratios, and the place.
+        height, width: of the images in pixels, one for all or float32 (B,).
     """
-    area = height * width * (scale[0] + u[:, :_CROP_ATTEMPTS] * (scale[1] - scale[0]))
+    if not isinstance(height, Tensor):
+        height, width = torch.full_like(u[:, 0], height), torch.full_like(u[:, 0], width)
+    area = (height * width)[:, None] * (scale[0] + u[:, :_CROP_ATTEMPTS] * (scale[1] - scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = torch.exp(low + u[:, _CROP_ATTEMPTS : 2 * _CROP_ATTEMPTS] * (high - low))
     box_width, box_height = (area * aspect).sqrt_().round_(), (area / aspect).sqrt_().round_()
-    fits = (box_width > 0) & (box_width <= width) & (box_height > 0) & (box_height <= height)
+    fits = (box_width > 0) & (box_width <= width[:, None]) & (box_height > 0) & (box_height <= height[:, None])
     first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
     box_width, box_height = box_width.gather(1, first)[:, 0], box_height.gather(1, first)[:, 0]
 
-    clamped = min(max(width / height, ratio[0]), ratio[1])
+    clamped = (width / height).clamp(*ratio)
     none = ~fits.any(dim=1)
-    box_width = torch.where(none, float(min(width, round(height * clamped))), box_width)
-    box_height = torch.where(none, float(min(height, round(width / clamped))), box_height)
+    box_width = torch.where(none, torch.minimum(width, (height * clamped).round()), box_width)
+    box_height = torch.where(none, torch.minimum(height, (width / clamped).round()), box_height)
     top = torch.where(none, (height - box_height).div(2).floor(), (u[:, 20] * (height - box_height + 1)).floor_())
     left = torch.where(none, (width - box_width).div(2).floor(), (u[:, 21] * (width - box_width + 1)).floor_())
     return top, left, box_height, box_width

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tutorial_moco import __version__
-from tutorial_moco.errors import DataError, LostProcess, UsageError
+from tutorial_moco.errors import BadPicture, DataError, LostProcess, UsageError
 from tutorial_moco.files import write_whole
 from tutorial_moco.recipes import RECIPES, Recipe
 
@@ -100,7 +100,9 @@ class Evaluate(DataFlags):
     """Read the features of a checkpoint: kNN and linear classifier, in percent of the test images."""
 
     checkpoint: Path = Path("checkpoint.safetensors")
-    """The checkpoint.safetensors of a run."""
+    """The checkpoint.safetensors of a run, or a .pth.tar of the published MoCo (then with --view-size 224)."""
+    view_size: int | None = None
+    """Take so many pixels of whole pictures of a folder or a .tar, which stay encoded; as in training if left out."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ def _train(flags: RunFlags, recipes: list[Recipe], baselines: bool) -> dict:
     from tutorial_moco.compare import compare
     from tutorial_moco.pretrain import check
 
-    train, test = load(flags)
+    train, test = load(flags, recipes[0].view_size)
     for recipe in recipes:
         check(recipe, len(train), flags.minutes)
     dtype = None if flags.precision == "auto" else getattr(torch, flags.precision)
@@ -238,8 +240,9 @@ def _train(flags: RunFlags, recipes: list[Recipe], baselines: bool) -> dict:
 def run_evaluate(flags: Evaluate) -> dict:
     """Features of a checkpoint on any images."""
     from tutorial_moco.compare import evaluate_checkpoint
+    from tutorial_moco.pretrain import load_encoder
 
-    train, test = load(flags)
+    train, test = load(flags, flags.view_size or load_encoder(flags.checkpoint)[1].view_size)
     if not (result := evaluate_checkpoint(flags.checkpoint, train, test)):
         return {}
     print(f"kNN {result['knn_top1']:.2f} %, linear {result['linear_top1']:.2f} % of {len(test):,} {test.split} images")
@@ -352,14 +355,23 @@ def run_grade(flags: Grade) -> dict:
     return grade(flags.assignment, flags.submissions, flags.out, flags.course, secret)
 
 
-def load(flags: DataFlags):
-    """The training images and those to evaluate on, with a line that says what they are."""
+def load(flags: DataFlags, view_size: int | None = None):
+    """The training images and those to evaluate on, with a line that says what they are.
+
+    Args:
+        view_size: of a recipe: pictures stay encoded.
+    """
     from tutorial_moco.distributed import one_after_another
     from tutorial_moco.images import hold_out, load_images
 
     if not 0 <= flags.hold_out < 1:
         raise UsageError(f"--hold-out must be in [0, 1), not {flags.hold_out}")
-    how = {"image_size": flags.image_size, "on_bad_image": flags.on_bad_image, "progress": not process()}
+    how = {
+        "image_size": flags.image_size,
+        "view_size": view_size,
+        "on_bad_image": flags.on_bad_image,
+        "progress": not process(),
+    }
     with one_after_another():
         train = load_images(flags.data, "train", **how)
         test = None if flags.hold_out else load_images(flags.data, "test", **how)
@@ -368,7 +380,8 @@ def load(flags: DataFlags):
     if process():
         return train, test
     size = train.images.shape[-1]
-    print(f"{train.name}: {len(train):,} training and {len(test):,} {test.split} images of {size} x {size} pixels, "
+    where = ", decoded when they are wanted" if view_size else ""
+    print(f"{train.name}: {len(train):,} training and {len(test):,} {test.split} images of {size} x {size} pixels{where}, "
           f"{len(train.classes)} classes", file=sys.stderr)  # fmt: skip
     return train, test
 
@@ -446,7 +459,7 @@ def exit_status(prog: str, work: Callable[[], None], again: str) -> int:
     try:
         work()
     except (UsageError, DataError, LostProcess) as error:
-        if isinstance(error, LostProcess) and process() is not None:
+        if isinstance(error, LostProcess | BadPicture) and process() is not None:
             prog = f"{prog} (process {process()})"
         elif process() and int(os.environ["LOCAL_RANK"]):  # other mistakes are raised on all: one of a machine tells them
             return error.exit_status

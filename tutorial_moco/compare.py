@@ -11,6 +11,7 @@ from torch import Tensor
 from tutorial_moco import figures
 from tutorial_moco.augment import plain_view, two_views
 from tutorial_moco.distributed import rank
+from tutorial_moco.encoded import EncodedImages
 from tutorial_moco.encoders import reading
 from tutorial_moco.evaluate import (
     KNN_K,
@@ -63,7 +64,8 @@ def compare(
         tell("baselines: raw pixels and an untrained encoder")
         features["untrained"] = features_of(untrained(recipes[-1], train, device), train, test)
         if not rank():  # the first process judges and reports
-            results["pixels"] = {"knn_top1": knn_of_pixels(train, test)}
+            if not recipes[-1].view_size:
+                results["pixels"] = {"knn_top1": knn_of_pixels(train, test)}
             results["untrained"] = evaluate_features(*features["untrained"], train, test)
     for recipe in recipes:
         folder = out / recipe.mechanism if len(recipes) > 1 else out
@@ -171,8 +173,11 @@ def draw(
     best = max(recipes, key=lambda recipe: results[recipe.mechanism]["knn_top1"]).mechanism
     few = permutation(len(test), 0)[:TSNE_IMAGES]
     maps = {name: tsne(both[1][few]) for name, both in features.items()}
-    index = permutation(len(train), 1)[:8]
-    view_q, view_k = two_views(train.images[index], index, recipes[0].augmentation)
+    index, augmentation = permutation(len(train), 1)[:8], recipes[0].augmentation
+    seen = train.images[index]
+    if isinstance(train.images, EncodedImages):
+        seen = train.images.crops(index.expand(2, -1), augmentation, seed=0, epoch=0).wait()
+    view_q, view_k = two_views(seen, index, augmentation)
     queries = torch.stack([(test.labels == label).nonzero()[0, 0] for label in test.labels.unique()[:10]])
     _, places = nearest(features[best][1][queries], features[best][0], min(8, len(train)))
     chance = 100 / len(train.classes)
@@ -185,7 +190,7 @@ def draw(
         ),
         Picture(
             "What the encoders are trained on",
-            figures.views(train.images[index], view_q, view_k),
+            figures.views(pixels_at(train, index), view_q, view_k),
             "Eight images, each above two random views of it: cropped, resized, mirrored, recoloured.",
             "A query must find the key of the same image among the keys of other images. No label is used.",
         ),
@@ -212,12 +217,17 @@ def draw(
         Picture(
             f"Nearest neighbours by {figures.TITLES[best]}",
             figures.retrieval(
-                test.images[queries], test.labels[queries], train.images[places], train.labels[places], test.classes
+                pixels_at(test, queries), test.labels[queries], pixels_at(train, places), train.labels[places], test.classes
             ),
             "For a test image of each class, the eight training images with the most similar features.",
             "Green frame: the same class. Orange: another one.",
         ),
     ]
+
+
+def pixels_at(images: ImageSet, index: Tensor) -> Tensor:
+    """uint8 (..., 3, H, W) of numbers (...), decoded if they were not."""
+    return images.images[index.flatten()].to("cpu").unflatten(0, index.shape)
 
 
 def tell(line: str) -> None:

@@ -24,3 +24,7 @@ class DataError(ValueError):
     """Images that are missing, damaged or unfit to learn from. Names the file or folder and the mend."""
 
     exit_status = 3
+
+
+class BadPicture(DataError):
+    """A picture that turned out in the middle of a training not to be one; of several processes one alone has met it."""

@@ -39,7 +39,9 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from tutorial_moco.archives import ARCHIVES, Source, files_of, sort_out
+from tutorial_moco.encoded import EncodedImages, catalogue, landmarks
 from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.pictures import rgb, told, upright
 from tutorial_moco.speed import machine_memory
 
 DOWNLOADS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # the classes in torchvision.datasets
@@ -53,22 +55,23 @@ Made = dict[str, tuple["ImageSet", str]]  # for each split its images and a line
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """One split of a data set, in RAM.
+    """One split of a data set, in RAM; or its labels, and pictures that stay encoded.
 
     Attributes:
         name: ``shapes``, ``cifar10``, …, or the name of the file or folder.
         split: ``train``, ``test`` or, from `hold_out`, ``validation``.
-        images: uint8 (N, 3, H, W), RGB in 0..255.
+        images: uint8 (N, 3, H, W), RGB in 0..255; or what stands for them, `encoded.EncodedImages`.
         labels: int64 (N,), indices into `classes`.
         classes: names, the same for all splits of a data set.
-        hash: sha256 in hex over pixels and labels: two sets with equal hashes hold the same images in the same order.
+        hash: sha256 in hex over pixels and labels: two sets with equal hashes hold the same images in the same order. Of
+            encoded pictures over their names, places and labels.
         factors: for ``shapes``, what each image was drawn from, tensors with N rows; else empty.
         skipped: files that could not be decoded and were left out, each with the reason.
     """
 
     name: str
     split: str
-    images: torch.Tensor
+    images: torch.Tensor | EncodedImages
     labels: torch.Tensor
     classes: tuple[str, ...]
     hash: str
@@ -90,6 +93,7 @@ def load_images(
     split: str,
     *,
     image_size: int | None = None,
+    view_size: int | None = None,
     on_bad_image: Literal["raise", "skip"] = "raise",
     cache: Path | None = None,
     progress: bool = True,
@@ -108,15 +112,17 @@ def load_images(
         image_size: height and width in pixels, at least 8 (``shapes``: 16); the shorter side is resized to it and the
             centre cropped. ``None`` keeps the size of images that are all square, equal and at most 96 pixels wide,
             and is 64 for others.
+        view_size: leave the pictures of a folder or a .tar, or of a folder of WebDataset's .tar shards, encoded where they
+            lie, for views of so many pixels.
         on_bad_image: what to do when a file of a folder or an archive cannot be decoded: end with its name, or leave it out
-            and list it in ``skipped``.
+            and list it in ``skipped``; if pictures stay encoded, take a gray one in its place.
         cache: folder to keep downloads and decoded images in; by default ``$TUTORIAL_MOCO_CACHE``, else
             ``$XDG_CACHE_HOME/tutorial_moco``, else ``~/.cache/tutorial_moco``.
         progress: show a bar while decoding.
 
     Raises:
         DataError: the data is missing, damaged, unsafe, too large for half of the memory, or has less than two classes.
-        UsageError: `split` or `image_size` is none of the above.
+        UsageError: `split`, `image_size` or `view_size` is none of the above.
     """
     if split not in SHAPES:
         raise UsageError(f"split is {split!r}: take train or test")
@@ -126,9 +132,12 @@ def load_images(
     cache = Path(cache) if cache is not None else default_cache()
     if on_bad_image not in ("raise", "skip"):
         raise UsageError(f"--on-bad-image must be raise or skip, not {on_bad_image}")
-    name, key, make = _source(data, image_size, cache, progress, on_bad_image == "skip")
+    if view_size is not None:
+        name, key, make = _encoded(Path(data).expanduser(), view_size, image_size, on_bad_image == "skip")
+    else:
+        name, key, make = _source(data, image_size, cache, progress, on_bad_image == "skip")
     safe_name = re.sub(r"[^\w.-]", "_", name)[:60]
-    file = cache / f"{safe_name}-{image_size or 'own'}px-{key[:16]}.safetensors"
+    file = cache / f"{safe_name}-{view_size or image_size or 'own'}px-{key[:16]}.safetensors"
     found = _read_cache(file, key, split)
     if found is None:
         made = make()
@@ -263,8 +272,27 @@ def _digits(size: int) -> Made:
     return made
 
 
-def _hash(images: torch.Tensor, labels: torch.Tensor) -> str:
-    digest = hashlib.sha256(images.contiguous().numpy().reshape(-1))
+def _encoded(path: Path, view_size: int, image_size: int | None, skip: bool) -> tuple[str, str, Callable[[], Made]]:
+    """As `_source`: what is made and kept is the list of the pictures."""
+    if image_size is not None:
+        raise UsageError("--image-size is for images in memory, and --view-size for pictures that stay encoded: give one")
+    if view_size < 8:
+        raise UsageError(f"--view-size must be at least 8, not {view_size}")
+    key, name = _key([f"{path.resolve()} {view_size} {skip}".encode(), *landmarks(path)]), path.resolve().name
+
+    def make() -> Made:
+        found, classes, note = catalogue(path, view_size, skip)
+        return {
+            split: (ImageSet(name, split, images, labels, classes, _hash(images, labels)), note if split == "test" else "")
+            for split, (images, labels) in found.items()
+        }
+
+    return name, key, make
+
+
+def _hash(images: torch.Tensor | EncodedImages, labels: torch.Tensor) -> str:
+    told = images.identity() if isinstance(images, EncodedImages) else images.contiguous().numpy().reshape(-1)
+    digest = hashlib.sha256(told)
     digest.update(labels.numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -424,21 +452,8 @@ def _in_order(function: Callable, items: Iterator) -> Iterator:
 
 def _decode(path: Path, name: str, source: Source, size: int | None) -> np.ndarray:
     """uint8 (3, H, W), upright and RGB; with a size, (3, size, size)."""
-    try:
-        with Image.open(source) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):  # 16 bits of gray, which Pillow would clip to 8 instead of scaling
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            if "transparency" in image.info:
-                image = image.convert("RGBA")
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-            return _fit(rgb, size)
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: {name} is larger than Pillow decodes ({error}): shrink it or take it out") from error
-    except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything
-        raise DataError(f"{path}: {name} cannot be decoded ({error}): mend it or take it out") from error
+    with told(path, name), Image.open(source) as image:
+        return _fit(rgb(upright(image)), size)
 
 
 def _fit(image: Image.Image, size: int | None) -> np.ndarray:
@@ -471,6 +486,8 @@ def _read_cache(file: Path, key: str, split: str) -> tuple[ImageSet, str] | None
             note, classes, names = record.pop("note"), tuple(record.pop("classes")), record.pop("factors")
             record["skipped"] = tuple(record.get("skipped", ()))
             images, labels = tensors.get_tensor(f"{split}.images"), tensors.get_tensor(f"{split}.labels")
+            if encoded := record.pop("encoded", None):
+                images = EncodedImages.unpacked(images, tensors.get_tensor(f"{split}.names"), **encoded)
             factors = {name: tensors.get_tensor(f"{split}.factors.{name}") for name in names}
             return ImageSet(split=split, images=images, labels=labels, classes=classes, factors=factors, **record), note
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -481,9 +498,19 @@ def _read_cache(file: Path, key: str, split: str) -> tuple[ImageSet, str] | None
 def _write_cache(file: Path, key: str, made: Made) -> None:
     tensors, records = {}, {}
     for split, (found, note) in made.items():
-        tensors |= {f"{split}.images": found.images, f"{split}.labels": found.labels}
+        images, encoded = found.images, None
+        if isinstance(images, EncodedImages):
+            images, tensors[f"{split}.names"], encoded = images.packed()
+        tensors |= {f"{split}.images": images, f"{split}.labels": found.labels}
         tensors |= {f"{split}.factors.{name}": factor for name, factor in found.factors.items()}
-        record = {"key": key, "name": found.name, "hash": found.hash, "note": note, "skipped": found.skipped}
+        record = {
+            "key": key,
+            "name": found.name,
+            "hash": found.hash,
+            "note": note,
+            "skipped": found.skipped,
+            "encoded": encoded,
+        }
         records[split] = json.dumps(record | {"classes": found.classes, "factors": list(found.factors)})
     unfinished = file.with_name(f".{uuid.uuid4().hex}.tmp")  # in the same folder, or it could not be moved at once
     try:

@@ -184,9 +184,10 @@ class MoCo(Mechanism):
     def dictionary_bytes(self) -> int:
         return self.queue.nbytes
 
-    def order(self, B: int) -> Tensor:
-        """The order in which the key encoder sees a batch of B images at this step, int64 (B,)."""
-        return permutation(B, self.seed, self.steps, device=self.queue.device)
+    def order(self, B: int, step: int | None = None, device: torch.device | str | None = None) -> Tensor:
+        """The order in which the key encoder sees a batch of B images at this step, or another one, int64 (B,)."""
+        step = self.steps if step is None else step
+        return permutation(B, self.seed, step, device=device or self.queue.device)
 
     @torch.no_grad()
     def encode_keys(self, view: Tensor, order: Tensor | None = None) -> Tensor:

@@ -3,7 +3,9 @@
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,7 +35,8 @@ from tutorial_moco.distributed import (
     replica_of,
     world,
 )
-from tutorial_moco.encoders import Encoder, build_encoder
+from tutorial_moco.encoded import EncodedImages
+from tutorial_moco.encoders import Encoder, SplitBatchNorm2d, build_encoder
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1, notebooks_knn_top1
 from tutorial_moco.images import ImageSet
@@ -56,6 +59,7 @@ from tutorial_moco.stopping import Stop
 
 STEPS = (0.6, 0.8)  # of the training, where the paper's schedule takes a tenth: epochs 120 and 160 of 200
 SAVE_EVERY = 600  # seconds, beside the saves at each reading of the kNN
+AHEAD = 3  # batches of encoded images that are made beside the one in use
 LOG_EVERY = 10  # steps between two points of the loss curve
 MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000  # images of the quick kNN during training
 
@@ -72,6 +76,7 @@ class Run:
     data_hash: str = ""  # theirs: a run does not go on with others
     step: int = 0
     seconds: float = 0.0  # of training; evaluation is not counted
+    stalled: float = 0.0  # of them in which the encoders waited for images
     window: list[float] = field(default_factory=list)  # losses since the last point of the curve
     pretext_accuracy: float = 0.0  # of the last step that `is_logged`
     losses: list[dict[str, float]] = field(default_factory=list)  # the curve, a point every LOG_EVERY steps
@@ -86,8 +91,14 @@ class Run:
     def images_seen(self) -> int:
         return self.step * self.recipe.batch_size
 
+    @property
+    def stall_percent(self) -> float:
+        """Share of the training's time in which the encoders waited for images, in percent."""
+        return 100 * self.stalled / self.seconds if self.seconds else 0.0
+
     def summary(self) -> dict[str, object]:
         """The run's own figures, under the names that every result of this package uses."""
+        stall = {"data_stall_percent": round(self.stall_percent, 1)} if self.recipe.view_size else {}
         return {
             "mechanism": self.recipe.mechanism,
             "seed": self.recipe.seed,
@@ -98,6 +109,7 @@ class Run:
             "dictionary_bytes": self.mechanism.dictionary_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "precision": str(self.dtype).removeprefix("torch."),
+            **stall,
         }
 
 
@@ -140,13 +152,13 @@ def pretrain(
         if out is not None:
             resume(run, out)
     check_all_agree(run, out)
-    images = train.images.to(device)
     steps_of_epoch = len(train) // recipe.batch_size
     total = 60 * minutes if minutes else recipe.epochs * steps_of_epoch
     moments = [(i + 1) / monitor for i in range(monitor)] if isinstance(monitor, int) else [e / recipe.epochs for e in monitor]
     saved, caught = time.monotonic(), 0
-    with progress_bar(run, total, bool(minutes), progress) as bar, Stop() as stop:
-        for epoch, index in batches(len(train), recipe, run.step, device):
+    feed = closing(fed(run, train.images))
+    with progress_bar(run, total, bool(minutes), progress) as bar, Stop() as stop, feed as feed:
+        while True:
             done = (run.seconds if minutes else run.step) / total
             if test is not None and len(run.monitor) < sum(done > moment - 1e-9 for moment in moments):
                 watch(run, train, test)
@@ -159,7 +171,9 @@ def pretrain(
                 break
             set_learning_rate(run.optimizer, recipe, done)
             start_time = time.perf_counter()
-            loss, contrast = train_step(run, images.index_select(0, part(run, index)), index, epoch)
+            epoch, index, images = next(feed)
+            run.stalled += time.perf_counter() - start_time
+            loss, contrast = train_step(run, images, index, epoch)
             run.window.append(loss)
             if is_logged(run.step):
                 log(run, contrast, steps_of_epoch)
@@ -182,7 +196,7 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
     """Algorithm 1 of the paper, lines 5 to 14.
 
     Args:
-        images: uint8 (N, 3, H, W), those that `part` names of the batch.
+        images: uint8 (N, 3, H, W), those that `part` names of the batch, or crops of them, as `fed` gives them.
         index: int64 (B,), the numbers of the whole batch's images.
 
     Returns:
@@ -250,22 +264,53 @@ def _refuse(run: Run, what: str) -> NoReturn:
     raise UsageError(f"{what}: try a lower --lr or a higher --temperature")
 
 
-def part(run: Run, index: Tensor) -> Tensor:
-    """Numbers of the images that this process needs of a batch (B,): its queries', and its keys' if those are shuffled."""
-    if world() == 1 or not run.recipe.shuffle:
+def fed(run: Run, images: Tensor | EncodedImages) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """From the run's step on, without end: epoch, index (B,) of the whole batch, and the images that `train_step` takes of it.
+
+    Encoded images are made by threads while the steps before are at work.
+    """
+    n, recipe = run.n, run.recipe
+    if not isinstance(images, EncodedImages):
+        images = images.to(run.device)
+        for epoch, index in batches(n, recipe, run.step, run.device):
+            yield epoch, index, images.index_select(0, part(run, index))
+    making: deque = deque()
+    try:
+        for step, (epoch, index) in enumerate(batches(n, recipe, run.step, "cpu"), run.step):
+            own = part(run, index, step)
+            both = own.view(2, -1) if shuffled(run) else own.expand(2, -1)  # queries' images and keys'
+            making.append((epoch, index, images.crops(both, recipe.augmentation, seed=recipe.seed, epoch=epoch)))
+            if len(making) > AHEAD:
+                epoch, index, made = making.popleft()
+                yield epoch, index.to(run.device), made.wait().to(run.device, non_blocking=True)
+    finally:
+        for *_, made in making:
+            made.cancel()
+
+
+def shuffled(run: Run) -> bool:
+    """Whether keys are of other images than this process's queries: then the loader shuffles, and keys travel."""
+    return run.recipe.shuffle and world() > 1
+
+
+def part(run: Run, index: Tensor, step: int | None = None) -> Tensor:
+    """Numbers of the images that this process needs of a batch (B,) at this step, or another: its queries', and its keys' if
+    those are `shuffled`.
+    """
+    if not shuffled(run):
         return mine(index)
-    return torch.cat([mine(index), mine(index[run.mechanism.order(len(index))])])
+    return torch.cat([mine(index), mine(index[run.mechanism.order(len(index), step, index.device)])])
 
 
 def views_of(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, ...]:
     """What `contrast` takes: views of the images of `part`, numbers of the queries' images, and the order of shuffled keys."""
     own, how = mine(index), {"seed": run.recipe.seed, "epoch": epoch}
-    if len(images) == len(own):
+    if not shuffled(run):
         return *run.views(images, own, run.recipe.augmentation, **how), own
-    order = run.mechanism.order(len(index))
-    queries, keys = images.split(len(own))
-    view_q = one_view(queries, own, run.recipe.augmentation, 0, **how)
-    view_k = one_view(keys, mine(index[order]), run.recipe.augmentation, 1, **how)
+    order, cropped = run.mechanism.order(len(index)), images.dim() == 5
+    queries, keys = images if cropped else images.split(len(own))
+    view_q = one_view(queries, own, run.recipe.augmentation, 0, cropped=cropped, **how)
+    view_k = one_view(keys, mine(index[order]), run.recipe.augmentation, 1, cropped=cropped, **how)
     return view_q, view_k, own, order
 
 
@@ -374,8 +419,13 @@ def start(
     Arguments as in `pretrain`.
     """
     torch.manual_seed(recipe.seed)
-    sample = plain_view(train.images[permutation(len(train), recipe.seed)[:5000]])
+    size = train.images.size if isinstance(train.images, EncodedImages) else None
+    if recipe.view_size != size:
+        raise UsageError(f"--view-size {recipe.view_size} needs images that were loaded with it, not with {size}")
+    few = 5000 if size is None else 128  # none of the encoders for large images looks at more
+    sample = plain_view(train.images[permutation(len(train), recipe.seed)[:few]].to("cpu"))
     encoder = build_encoder(recipe.encoder, head=recipe.head, dim=recipe.dim, norm=recipe.norm, images=sample).to(device)
+    check_parts(encoder, recipe)
     dtype = dtype or every(choose_precision(encoder, sample[:128].to(device)))[0]
     mechanism = build_mechanism(recipe, encoder, len(train)).to(device)
     copy_first_(mechanism)
@@ -386,6 +436,14 @@ def start(
         compile_run(run)
     run.replica, run.undo = replica_of(mechanism), Undo(mechanism)
     return run
+
+
+def check_parts(encoder: Encoder, recipe: Recipe) -> None:
+    """Of one image BatchNorm has no statistics where its map is a single pixel."""
+    splits = max((module.splits for module in encoder.modules() if isinstance(module, SplitBatchNorm2d)), default=1)
+    if recipe.batch_size // world() < 2 * splits:
+        least = f"--batch-size must be at least {2 * splits * world()}, two images for each of its parts"
+        raise UsageError(f"{least}, with --norm {recipe.norm}, not {recipe.batch_size}")
 
 
 def compile_run(run: Run) -> None:
@@ -443,7 +501,7 @@ def save_run(run: Run, out: Path) -> None:
     state = {
         "recipe": run.recipe.to_json(), "dtype": str(run.dtype).removeprefix("torch."), "step": run.step,
         "seconds": run.seconds, "window": run.window, "losses": run.losses, "monitor": run.monitor,
-        "data_hash": run.data_hash,
+        "data_hash": run.data_hash, "stalled": run.stalled,
         "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes(run.device)),
     }  # fmt: skip
     tensors = pack(mechanism=run.mechanism, optimizer=run.optimizer)
@@ -490,6 +548,7 @@ def resume(run: Run, out: Path) -> None:
         raise UsageError(f"--out {out} holds a run on other images: choose another --out")
     unpack(tensors, mechanism=run.mechanism, optimizer=run.optimizer)
     run.dtype = getattr(torch, state["dtype"])
+    run.stalled = state.get("stalled", 0.0)
     for name in ("step", "seconds", "window", "losses", "monitor", "peak_memory_bytes"):
         setattr(run, name, state[name])
     if not rank():
@@ -586,5 +645,7 @@ def show(bar: tqdm, run: Run, advance: float) -> None:
         shown = f"loss {last['loss']:.2f}, pretext {last['pretext_accuracy']:.0f} %"
         if run.monitor:
             shown += f", kNN {run.monitor[-1]['knn_top1']:.1f} %"
+        if run.recipe.view_size:
+            shown += f", waiting for images {run.stall_percent:.0f} %"
         bar.set_postfix_str(f"{shown}, {run.images_seen / run.seconds:,.0f} images/s", refresh=False)
     bar.update(min(advance, bar.total - bar.n))

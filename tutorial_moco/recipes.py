@@ -47,6 +47,9 @@ class Recipe:
     """Memory bank: share of the old key that stays when its image is seen again."""
     augmentation: str = "small"
     """The two random views: v1, v2, v3, cifar (the official notebook's), small (weaker colours), shapes (every hue), none."""
+    view_size: int | None = None
+    """Crop views of so many pixels a side from the whole pictures of a folder or a .tar, which stay encoded on the disk: for
+    ImageNet. If left out, images are decoded once, into memory, and views are as large as they are."""
     batch_size: int = 128
     """Images of a step."""
     epochs: int = 20
@@ -71,6 +74,7 @@ class Recipe:
             ("temperature", "above 0", self.temperature > 0 and math.isfinite(self.temperature)),
             ("bank_momentum", "in [0, 1)", 0 <= self.bank_momentum < 1),
             ("dim", "at least 2", self.dim >= 2),
+            ("view_size", "at least 8", self.view_size is None or self.view_size >= 8),
             ("batch_size", "at least 2", self.batch_size >= 2),
             ("epochs", "at least 1", self.epochs >= 1),
             ("lr", "above 0", self.lr > 0 and math.isfinite(self.lr)),
