@@ -26,6 +26,7 @@ TRAINED = {
     "moco": {},
     "moco_shuffled": {"shuffle": True},
     "moco_symmetric": {"symmetric": True},
+    "moco_in_parts": {"accumulate": 2},
     "moco_nce": {"loss": "nce", "temperature": 0.5},
     "memory_bank": {"mechanism": "memory_bank"},
     "end_to_end": {"mechanism": "end_to_end"},
@@ -54,18 +55,27 @@ def test_processes_hold_the_same_bits_and_train_as_one_does(name, W, held):
     held("the number of processes may change", told, 1, 1)
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_processes_train_as_one_does_on_pictures_that_stay_encoded(shuffle, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"shuffle": True}, {"accumulate": 2}])
+def test_processes_train_as_one_does_on_pictures_that_stay_encoded(changes, tmp_path):
     for number, pixels in enumerate(random_images().images):
         place = tmp_path / "train" / f"class{number % 2}" / f"{number:02}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place)
     images = load_images(tmp_path, "train", view_size=16)
-    recipe, steps = BASE.replace(shuffle=shuffle, view_size=16, batch_size=8), 2 * (len(images) // 8)
+    recipe, steps = BASE.replace(view_size=16, batch_size=8, **changes), 2 * (len(images) // 8)
     (alone,) = together(1, some_steps, recipe.replace(norm="split:2"), steps, False, images)
     ranks = together(2, some_steps, recipe, steps, False, images)
     assert ranks[0]["hash"] == ranks[1]["hash"]
     assert ranks[0]["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+
+
+def test_parts_of_a_batch_may_be_shuffled_between_processes():
+    ranks = together(2, some_steps, BASE.replace(accumulate=2, shuffle=True), STEPS)
+    assert ranks[0]["hash"] == ranks[1]["hash"]
+    assert ranks[0]["seen"] != ranks[0]["queries"]
+    for found in ranks:
+        for seen, queries in zip(found["seen"], found["queries"], strict=True):
+            assert [*seen[:4], *seen[8:12]] == queries  # of each part the queries' images, and then the keys'
 
 
 @pytest.mark.parametrize("name", HELD)

@@ -206,7 +206,9 @@ def test_the_command_trains_on_pictures_and_evaluates_as_it_trained(folder, tmp_
     assert (out / "report.html").exists()
     told = capsys.readouterr().err
     assert "24 training and 9 test images of 32 x 32 pixels, decoded when they are wanted, 3 classes" in told
-    assert cli.main(["evaluate", "--data", str(folder), "--checkpoint", str(out / "checkpoint.safetensors")]) == 0
+    assert cli.main(["evaluate", "--data", str(folder), "--checkpoint", str(out / "checkpoint.safetensors"),
+                     "--batch-size", "8", "--epochs", "2"]) == 0  # fmt: skip
+    assert (out / "probe.safetensors").exists()
     assert "decoded when they are wanted" in capsys.readouterr().err
 
 

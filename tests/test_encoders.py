@@ -12,8 +12,17 @@ from torch import nn
 from tutorial_moco.encoders import ENCODERS, SmallBackbone, SplitBatchNorm2d, Whitening, build_encoder, sines
 from tutorial_moco.errors import UsageError
 
-FEATURES = {"tiny": 64, "small": 128, "wide": 192, "resnet18": 512, "resnet50": 2048, "vit": 96, "vit-learned": 96}
-SIDES = {"resnet50": 64, "vit": 32, "vit-learned": 32}
+FEATURES = {
+    "tiny": 64,
+    "small": 128,
+    "wide": 192,
+    "resnet18": 512,
+    "resnet50": 2048,
+    "vit": 96,
+    "vit-learned": 96,
+    "vit-small": 384,
+}
+SIDES = {"resnet50": 64, "vit": 32, "vit-learned": 32, "vit-small": 224}
 
 
 def normal(*shape, seed=0):

@@ -7,9 +7,11 @@ import platform
 import time
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from ranks import hash_of
 from torch import nn
 
 from tutorial_moco import mechanisms
@@ -476,6 +478,7 @@ CHANGES = {
     "bank_momentum": ({"mechanism": "memory_bank"}, 0.9),
     "augmentation": ({}, "cifar"),
     "batch_size": ({}, 8),
+    "accumulate": ({}, 2),
     "epochs": ({}, 5),
     "optimizer": ({}, "adamw"),
     "lr": ({}, 0.02),
@@ -487,8 +490,8 @@ CHANGES = {
 
 
 def test_no_setting_is_left_out_below():
-    of_encoded_pictures = {"view_size"}  # tests/test_encoded.py
-    assert set(CHANGES) | of_encoded_pictures == {field.name for field in dataclasses.fields(Recipe)}
+    elsewhere = {"view_size", "m_rises"}  # tests/test_encoded.py; the loop's
+    assert set(CHANGES) | elsewhere == {field.name for field in dataclasses.fields(Recipe)}
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -500,6 +503,51 @@ def test_each_setting_changes_the_training(field):
         losses, run = first_steps(recipe, 4)
         results.append([*losses, *(p.detach().abs().sum().item() for p in run.mechanism.encoder.head.parameters())])
     assert results[0] != pytest.approx(results[1], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"symmetric": True, "K": 96}, {"mechanism": "memory_bank"}, {"mechanism": "memory_bank", "K": 63}]
+)
+def test_a_batch_in_parts_is_the_batch_where_its_statistics_do_not_matter(changes):
+    whole, parts = (first_steps(BASE.replace(norm="group", accumulate=number, **changes), 6) for number in (1, 4))
+    assert parts[0] == pytest.approx(whole[0], abs=1e-4)
+    for name, tensor in whole[1].mechanism.state_dict().items():
+        other = parts[1].mechanism.state_dict()[name]
+        if name == "queue" and changes:  # of two views the keys come part by part
+            tensor, other = (torch.sort(keys.sum(dim=1)).values for keys in (tensor, other))
+        torch.testing.assert_close(other, tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_not_finite_in_the_last_part_changes_nothing():
+    images = random_images()
+    run = training.start(BASE.replace(accumulate=4), images, CPU, torch.float32)
+    epoch, index = next(training.batches(len(images), run.recipe, 0, CPU))
+    before, views = hash_of(run.mechanism), run.views
+
+    def poison(images, index_of_part, *rest, **how):
+        view_q, view_k = views(images, index_of_part, *rest, **how)
+        view_q[index_of_part == index[-1]] = torch.nan
+        return view_q, view_k
+
+    run.views = poison
+    with pytest.raises(UsageError, match="the loss is nan at step 1"):
+        training.train_step(run, images.images[index], index, epoch)
+    assert hash_of(run.mechanism) == before
+    assert all(p.grad is None for p in run.mechanism.parameters())
+
+
+def test_m_rises_to_1_along_a_cosine():
+    seen = []
+
+    def watch(run, *batch):
+        seen.append(run.mechanism.m)
+        return whole(run, *batch)
+
+    whole = training.train_step
+    with mock.patch.object(training, "train_step", watch):
+        train(BASE.replace(m_rises=True, m=0.9, epochs=5))
+    expected = [1 - 0.1 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
+    assert seen == pytest.approx(expected)
 
 
 def test_settings_end_where_their_names_say():

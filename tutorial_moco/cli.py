@@ -65,7 +65,8 @@ class RunFlags(DataFlags):
 
     recipe: str = "small"
     """Start from these settings: shapes (the default with --data shapes), small (two cores and minutes, the default with
-    other images) or cifar10-resnet18 (the official notebook's, for a GPU)."""
+    other images), cifar10-resnet18 (the official notebook's, for a GPU), or one of the papers' for ImageNet, for several GPUs:
+    imagenet-moco-v1, imagenet-moco-v2 and others. `doctor --recipe` tells what each reaches and costs."""
     minutes: float | None = None
     """Stop after this much training time for each mechanism, the schedule fitted to it, in place of --epochs."""
     out: Path | None = None
@@ -103,6 +104,17 @@ class Evaluate(DataFlags):
     """The checkpoint.safetensors of a run, or a .pth.tar of the published MoCo (then with --view-size 224)."""
     view_size: int | None = None
     """Take so many pixels of whole pictures of a folder or a .tar, which stay encoded; as in training if left out."""
+    probe: Literal["regression", "sgd"] | None = None
+    """The linear classifier: a regression on the features as they are (if left out, for images in memory), or the papers'
+    training on random crops (for pictures that stay encoded)."""
+    lr: tuple[float, ...] = (30.0,)
+    """sgd: learning rates, all tried in one pass; linear_top1 is of the first. Choose among them with --hold-out."""
+    epochs: int = 100
+    """sgd: passes over the images; the learning rate falls to a tenth at 60 % and again at 80 %."""
+    batch_size: int = 256
+    """sgd: images of a step, of all processes together."""
+    out: Path | None = None
+    """sgd: folder for what goes on when the same command is given again; beside the checkpoint if left out."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +181,24 @@ class Data(DataFlags):
 
 @dataclass(frozen=True)
 class Doctor:
-    """Is everything here that the chapters need? One line for each thing: [OK], or [FAIL] with what to do."""
+    """Is everything here that the chapters need? One line for each thing: [OK], or [FAIL] with what to do.
+
+    With --recipe instead: what a training reaches and costs, and [WARN] for settings that don't go together.
+    """
 
     data: str | None = None
     """The images to look for; those of the chapters if left out. cifar10, cifar100 and stl10 are downloaded if not there."""
+    recipe: str | None = None
+    """Tell the cost of this recipe's training, with the settings below in place of its own."""
+    gpus: int = 1
+    """On so many GPUs, of one machine or several."""
+    images: int | None = None
+    """Training on so many images; ImageNet's 1,281,167 for its recipes, 50,000 for others if left out."""
+    images_per_second: float | None = None
+    """That one GPU trains on; if left out what a V100 did for the papers, in proportion to the work."""
     json: Path | None = None
     """Also write the answers to this file."""
+    settings: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
 
 
 @dataclass(frozen=True)
@@ -241,11 +265,22 @@ def run_evaluate(flags: Evaluate) -> dict:
     """Features of a checkpoint on any images."""
     from tutorial_moco.compare import evaluate_checkpoint
     from tutorial_moco.pretrain import load_encoder
+    from tutorial_moco.probe import SETTINGS
 
-    train, test = load(flags, flags.view_size or load_encoder(flags.checkpoint)[1].view_size)
-    if not (result := evaluate_checkpoint(flags.checkpoint, train, test)):
+    if not flags.lr or not all(lr > 0 for lr in flags.lr):
+        raise UsageError(f"--lr must be above 0, not {' '.join(map(str, flags.lr))}")
+    view_size = flags.view_size or load_encoder(flags.checkpoint)[1].view_size
+    sgd = SETTINGS.replace(epochs=flags.epochs, batch_size=flags.batch_size, lr=flags.lr[0])
+    train, test = load(flags, view_size)
+    how = {"sgd": sgd, "lrs": flags.lr, "out": flags.out or flags.checkpoint.parent}
+    by_sgd = flags.probe == "sgd" or (view_size and flags.probe is None)
+    if view_size and not by_sgd:
+        raise UsageError("--probe regression is for images in memory: leave it out with pictures that stay encoded")
+    if not (result := evaluate_checkpoint(flags.checkpoint, train, test, **(how if by_sgd else {}))):
         return {}
     print(f"kNN {result['knn_top1']:.2f} %, linear {result['linear_top1']:.2f} % of {len(test):,} {test.split} images")
+    if len(flags.lr) > 1 and by_sgd:
+        print("linear by --lr: " + ", ".join(f"{lr}: {top1:.2f} %" for lr, top1 in result["linear_top1_of_lr"].items()))
     return result
 
 
@@ -315,6 +350,8 @@ def run_data(flags: Data) -> dict:
 
 def run_doctor(flags: Doctor) -> dict:
     """Versions, widgets, memory, disk, images, measured runs."""
+    if flags.recipe:
+        return tell_cost(flags)
     from tutorial_moco.doctor import report
 
     found = report(flags.data)
@@ -324,6 +361,19 @@ def run_doctor(flags: Doctor) -> dict:
             write_json(flags.json, result)
         raise DataError(f"{failed} of {len(found)} things are not well: the lines with [FAIL] say what to do")
     return result
+
+
+def tell_cost(flags: Doctor) -> dict:
+    """Of a recipe."""
+    from tutorial_moco.cost import told
+
+    for name in ("images", "images_per_second"):
+        value = getattr(flags, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    lines = told(flags.recipe, flags.settings, flags.gpus, flags.images, flags.images_per_second)
+    print("\n".join(lines))
+    return {"recipe": flags.recipe, "gpus": flags.gpus, "lines": lines}
 
 
 @contextlib.contextmanager
@@ -480,10 +530,13 @@ def exit_status(prog: str, work: Callable[[], None], again: str) -> int:
 def parse(flags_type: type, argv: list[str], prog: str):
     """Flags from words; ``--recipe`` decides the defaults of the others, so that --help shows what would be used."""
     default = None
+    name = _value(argv, "--recipe")
+    if name is not None and name not in RECIPES:
+        raise UsageError(f"--recipe {name} is not known: choose one of {', '.join(RECIPES)}")
+    if flags_type is Doctor and name:
+        default = Doctor(recipe=name, settings=RECIPES[name])
     if issubclass(flags_type, RunFlags):
-        name = _value(argv, "--recipe") or ("shapes" if _value(argv, "--data") in (None, "shapes") else "small")
-        if name not in RECIPES:
-            raise UsageError(f"--recipe {name} is not known: choose one of {', '.join(RECIPES)}")
+        name = name or ("shapes" if _value(argv, "--data") in (None, "shapes") else "small")
         by_epochs = _value(argv, "--epochs") is not None
         if by_epochs and _value(argv, "--minutes") is not None:
             raise UsageError("--minutes and --epochs are two budgets for one training: give one of them")

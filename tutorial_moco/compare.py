@@ -19,6 +19,7 @@ from tutorial_moco.evaluate import (
     evaluate_features,
     extract_features,
     knn_top1,
+    knn_top1_at_size,
     nearest,
     pixel_features,
     tsne,
@@ -26,6 +27,7 @@ from tutorial_moco.evaluate import (
 from tutorial_moco.files import write_whole
 from tutorial_moco.images import ImageSet
 from tutorial_moco.pretrain import Run, load_encoder, pretrain, start
+from tutorial_moco.probe import probe
 from tutorial_moco.provenance import provenance
 from tutorial_moco.randomness import permutation
 from tutorial_moco.recipes import Recipe
@@ -33,6 +35,7 @@ from tutorial_moco.report import Picture, text_table, write_report
 from tutorial_moco.speed import default_device
 
 TSNE_IMAGES = 1000
+SHOWN_OF_MANY = 20_000  # training images among which neighbours are shown, where features of all are too many
 HEAD = ["", "kNN %", "linear %", "images/s", "images seen", "train s", "dictionary", "peak memory"]
 
 
@@ -60,6 +63,7 @@ def compare(
     device = default_device()
     results: dict[str, dict] = {}
     features: dict[str, tuple[Tensor, Tensor]] = {}
+    shown = train, test  # in the report's maps and neighbours
     if baselines:
         tell("baselines: raw pixels and an untrained encoder")
         features["untrained"] = features_of(untrained(recipes[-1], train, device), train, test)
@@ -72,10 +76,15 @@ def compare(
         run = pretrain(
             recipe, train, test, minutes=minutes, out=folder, monitor=monitor, device=device, dtype=precision, compile=compile
         )  # fmt: skip
-        features[recipe.mechanism] = features_of(run, train, test)
+        large, backbone = isinstance(train.images, EncodedImages), run.mechanism.encoder.backbone
+        if large:  # the linear classifier is a training of its own
+            accuracy = {"knn_top1": knn_top1_at_size(backbone, train, test, dtype=run.dtype)}
+            shown = few_of(train, SHOWN_OF_MANY), few_of(test, TSNE_IMAGES)
+        features[recipe.mechanism] = features_of(run, *shown)
         if rank():
             continue
-        accuracy = evaluate_features(*features[recipe.mechanism], train, test)
+        if not large:
+            accuracy = evaluate_features(*features[recipe.mechanism], train, test)
         results[recipe.mechanism] = {
             **accuracy, **run.summary(), "losses": run.losses, "monitor": run.monitor, "recipe": dataclasses.asdict(recipe),
         }  # fmt: skip
@@ -87,7 +96,7 @@ def compare(
     print(f"computed in {run.summary()['precision']}, channels_last, many tensors to an update, on {facts['hardware']}")
     tell("drawing the report")
     report = out / "report.html"
-    pictures = draw(results, features, recipes, train, test)
+    pictures = draw(results, features, recipes, *shown)
     write_report(report, *words(recipes, train, test, minutes), table, pictures, facts)
     write_whole(out / "result.json", (json.dumps(record(facts, results), indent=1) + "\n").encode())
     print(f"\nreport: {report}")
@@ -132,8 +141,26 @@ def table_row(name: str, result: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def evaluate_checkpoint(path: Path, train_set: ImageSet, test_set: ImageSet) -> dict[str, object]:
+def few_of(images: ImageSet, n: int) -> ImageSet:
+    """At most n of the images, the same each time."""
+    return images.take(permutation(len(images), 0)[:n])
+
+
+def evaluate_checkpoint(
+    path: Path,
+    train_set: ImageSet,
+    test_set: ImageSet,
+    *,
+    sgd: Recipe | None = None,
+    lrs: tuple[float, ...] = (),
+    out: Path | None = None,
+) -> dict[str, object]:
     """kNN and linear probe of a checkpoint's query encoder on any images, with the recipe it was trained by.
+
+    Args:
+        sgd: train the linear classifier as the papers do, by this recipe of `probe.probe`, with each of the learning rates
+            ``lrs``: ``linear_top1`` is the first one's. Else a regression on the features, of images in memory.
+        out: folder for what `probe.probe` keeps.
 
     Raises:
         DataError: the file is missing, damaged or no checkpoint.
@@ -141,10 +168,16 @@ def evaluate_checkpoint(path: Path, train_set: ImageSet, test_set: ImageSet) -> 
     encoder, recipe, state = load_encoder(path)
     device, dtype = default_device(), getattr(torch, state["dtype"])  # read in the format it was trained in
     backbone = reading(encoder.backbone, state["mean"], state["std"]).to(device)
-    features = [extract_features(backbone, images.images, dtype=dtype) for images in (train_set, test_set)]
+    if sgd:
+        accuracy = {"knn_top1": knn_top1_at_size(backbone, train_set, test_set, dtype=dtype)}
+        found = probe(backbone, encoder.feature_dim, train_set, test_set, sgd, lrs=lrs, dtype=dtype, out=out)
+        accuracy |= {"linear_top1": found[lrs[0]], "linear_top1_of_lr": {f"{lr:g}": top1 for lr, top1 in found.items()}}
+    else:
+        features = [extract_features(backbone, images.images, dtype=dtype) for images in (train_set, test_set)]
     if rank():
         return {}
-    accuracy = evaluate_features(*features, train_set, test_set)
+    if not sgd:
+        accuracy = evaluate_features(*features, train_set, test_set)
     return {**provenance(train_set, device), **accuracy, "recipe": dataclasses.asdict(recipe), "steps": state["step"]}
 
 
@@ -156,10 +189,13 @@ def words(recipes: list[Recipe], train: ImageSet, test: ImageSet, minutes: float
     names = [figures.TITLES[r.mechanism] for r in recipes]
     title = "Three ways to keep a dictionary" if len(recipes) == 3 else f"{' and '.join(names)} on {train.name}"
     budget = f"{minutes:g} minutes of training each" if minutes else f"{recipes[0].epochs} epochs"
+    linear = "Linear: a linear classifier on the frozen features."
+    if recipes[0].view_size:
+        linear = "A linear classifier is a training of its own: tutorial-moco evaluate."
     lead = (
         f"{', '.join(names)}, trained without labels on {len(train):,} images of {train.name}, {budget}. "
-        f"kNN: a vote of the {KNN_K} most similar training images. Linear: a linear classifier on the frozen features. "
-        f"Both are read on all {len(test):,} {test.split} images. The dictionary is what stays in memory from step to step; "
+        f"kNN: a vote of the {KNN_K} most similar training images. {linear} "
+        f"Read on all {len(test):,} {test.split} images. The dictionary is what stays in memory from step to step; "
         "the peak is that of the whole process, images included."
     )
     return title, lead

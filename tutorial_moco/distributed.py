@@ -43,10 +43,12 @@ def processes() -> Iterator[None]:
         return
     device = _own_gpu()
     store, r, W = next(rendezvous("env://"))
+    # torchrun's store outlives the processes that it starts again, and with it the addresses of those before: without a name
+    # of its own each time, a process may call one that is gone.
+    store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # No exchange has a time-out: a long evaluation is none's fault, and who is silent is the heart's business.
     dist.init_process_group(store=store, rank=r, world_size=W, timeout=datetime.timedelta(days=30), device_id=device)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives those that torchrun starts again
-    _heart = Heart(dist.PrefixStore(f"beats/{attempt}", store.clone()), r, W, _silence())
+    _heart = Heart(dist.PrefixStore("beats", store.clone()), r, W, _silence())
     try:
         yield
         dist.barrier()
@@ -251,6 +253,11 @@ def replica_of(module: nn.Module) -> nn.Module | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the argument's new name came with torch 2.14
         return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def unsent(replica: nn.Module | None):
+    """Context in which gradients of a `replica_of` a module are summed up here, for a later backward pass to average."""
+    return contextlib.nullcontext() if replica is None else replica.no_sync()
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -72,23 +72,29 @@ class EncodedImages:
 
     def to(self, device: torch.device | str) -> Tensor:
         """The images as they are evaluated, with nothing random: uint8 (N, 3, size, size) on a device."""
+        return self.centres().wait()[0].to(device)
+
+    def centres(self) -> Making:
+        """Begin to make the images as they are evaluated."""
         rows = torch.arange(len(self))
-        return Making(self, [(rows, {0: [centre] * len(rows.split(AT_ONCE))})]).wait()[0].to(device)
+        return Making(self, [(rows, {0: [centre] * len(rows.split(AT_ONCE))})])
 
     def crops(self, index: Tensor, augmentation: str, *, seed: int, epoch: int) -> Making:
-        """Begin to make the parts that two views show, brought to their size: what `augment.two_views` takes.
+        """Begin to make the parts that views show, brought to their size: of two what `augment.two_views` takes.
 
         Args:
             index: int64 (2, n), numbers of the pictures that the query's view shows, and the key's; where both show the same
-                ones, each is decoded once.
+                ones, each is decoded once. Or (1, n), the first view alone.
         """
         frames = {
             view: [
                 partial(random_frame, u, recipe) for u in draws(index[view], seed=seed, epoch=epoch, view=view).split(AT_ONCE)
             ]
-            for view, recipe in enumerate(AUGMENTATIONS[augmentation])
+            for view, recipe in enumerate(AUGMENTATIONS[augmentation][: len(index)])
         }
-        jobs = [(index[0], frames)] if torch.equal(*index) else [(index[view], {view: own}) for view, own in frames.items()]
+        jobs = (
+            [(index[0], frames)] if (index == index[0]).all() else [(index[view], {view: own}) for view, own in frames.items()]
+        )
         return Making(self, jobs)
 
     def open(self, row: int) -> Image.Image | None:
@@ -128,6 +134,25 @@ class EncodedImages:
     def unpacked(cls, places: Tensor, names: Tensor, *, root: str, size: int, skip: bool) -> EncodedImages:
         """What `packed` took apart."""
         return cls(Path(root), names.numpy().view(f"S{names.shape[1]}")[:, 0], places, size, skip)
+
+
+def in_batches(images: Tensor | EncodedImages, n: int) -> Iterator[Tensor]:
+    """Images as they are evaluated, uint8 (n, 3, H, W) at a time; encoded ones are made while the ones before are at work."""
+    if isinstance(images, Tensor):
+        yield from images.split(n)
+        return
+    yield from in_turn(part.centres() for part in images.split(n))
+
+
+def in_turn(begun: Iterable[Making], ahead: int = 1) -> Iterator[Tensor]:
+    """What is made, one after another, some of it ahead; ``Making.wait``'s first view."""
+    making: deque[Making] = deque()
+    for one in begun:
+        making.append(one)
+        if len(making) > ahead:
+            yield making.popleft().wait()[0]
+    while making:
+        yield making.popleft().wait()[0]
 
 
 class Making:

@@ -21,7 +21,7 @@ class Encoder(nn.Module):
     def __init__(self, backbone: nn.Module, feature_dim: int, head: str = "linear", dim: int = 128):
         super().__init__()
         self.backbone, self.head = backbone, build_head(head, feature_dim, dim)
-        self.feature_dim, self.dim = feature_dim, dim
+        self.feature_dim, self.dim, self.hidden = feature_dim, dim, hidden_of(head, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(self.project(x).float(), dim=1)
@@ -39,8 +39,8 @@ def build_encoder(
     Args:
         name: ``tiny``, ``small`` or ``wide`` (`SmallBackbone`, width 16, 32 or 48), ``resnet18`` (torchvision's, with the
             3x3 stem for small images), ``resnet50`` (torchvision's, as for ImageNet), ``vit`` or ``vit-learned``
-            (`ViTBackbone` for 32 pixels, its patch projection fixed or learned).
-        head: ``linear`` (MoCo v1), ``mlp`` (two layers, v2) or ``mlp3`` (three layers with BatchNorm, v3).
+            (`ViTBackbone` for 32 pixels, its patch projection fixed or learned), ``vit-small`` (for 224 pixels, fixed).
+        head: a name as for `build_head`.
         dim: C, the length of keys and queries.
         norm: ``batch``, ``split:S`` (`SplitBatchNorm2d` of S groups) or ``group`` (GroupNorm).
         images: float32 (n, 3, H, W), normalised. The small backbone computes its fixed first layer from them.
@@ -57,21 +57,32 @@ def build_encoder(
 
 
 def build_head(kind: str, feature_dim: int, dim: int) -> nn.Module:
-    """The projection to C dimensions: one layer (MoCo), two with a ReLU between (SimCLR, MoCo v2) or three (v3)."""
+    """The projection to C dimensions.
+
+    Args:
+        kind: ``linear`` (MoCo v1), ``mlp`` (two layers with a ReLU between: SimCLR, v2), ``mlp2`` or ``mlp3`` (two or three
+            layers with BatchNorm: v3 of a ResNet and of a transformer), 4 C wide between, or as told: ``mlp3:4096``.
+    """
+    kind, hidden = kind.partition(":")[0] if kind.startswith(("mlp2", "mlp3")) else kind, hidden_of(kind, dim)
     if kind == "linear":
         return nn.Linear(feature_dim, dim)
     if kind == "mlp":
         return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, dim))
-    if kind == "mlp3":
-        hidden = 4 * dim
-        between = nn.Sequential(*_normed(feature_dim, hidden), *_normed(hidden, hidden))
+    if kind in ("mlp2", "mlp3"):
+        between = nn.Sequential(*_normed(feature_dim, hidden), *(_normed(hidden, hidden) if kind == "mlp3" else []))
         return nn.Sequential(between, nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim, affine=False))
-    raise UsageError(f"--head {kind} is not known: choose linear, mlp or mlp3")
+    raise UsageError(f"--head {kind} is not known: choose linear, mlp, mlp2 or mlp3, or a width with these two: mlp3:4096")
 
 
-def build_predictor(dim: int) -> nn.Module:
+def hidden_of(kind: str, dim: int) -> int:
+    """How wide the layers of v3's heads and predictor are."""
+    told = kind.partition(":")[2]
+    return int(told) if told.isdigit() and int(told) > 0 else 4 * dim
+
+
+def build_predictor(dim: int, hidden: int) -> nn.Module:
     """What MoCo v3 puts behind the query's projection alone: two layers, (B, dim) to (B, dim)."""
-    return nn.Sequential(*_normed(dim, 4 * dim), nn.Linear(4 * dim, dim, bias=False), nn.BatchNorm1d(dim, affine=False))
+    return nn.Sequential(*_normed(dim, hidden), nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim, affine=False))
 
 
 def _normed(inputs: int, outputs: int) -> list[nn.Module]:
@@ -225,6 +236,7 @@ ENCODERS = {
     "resnet50": resnet50,
     "vit": lambda norm: vit(learned=False),
     "vit-learned": lambda norm: vit(learned=True),
+    "vit-small": lambda norm: (ViTBackbone(224, 16, layers=12, heads=12, dim=384), 384),  # v3's, with its twelve heads
 }
 
 

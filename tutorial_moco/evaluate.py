@@ -16,16 +16,16 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from tutorial_moco.augment import plain_view
-from tutorial_moco.distributed import filled_up, gather, mine
+from tutorial_moco.distributed import filled_up, gather, mine, rank, world
+from tutorial_moco.encoded import EncodedImages, in_batches
 from tutorial_moco.images import ImageSet
 from tutorial_moco.speed import autocast
 
 KNN_K, KNN_TEMPERATURE = 20, 0.07  # as DINO reads the kNN (arXiv 2104.14294)
 
 
-@torch.no_grad()
 def extract_features(
-    backbone: nn.Module, images: Tensor, *, batch_size: int = 500, dtype: torch.dtype = torch.float32
+    backbone: nn.Module, images: Tensor | EncodedImages, *, batch_size: int = 500, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Features of images as they are, without augmentation: uint8 (n, 3, H, W) to float32 (n, D) on the CPU.
 
@@ -33,14 +33,22 @@ def extract_features(
 
     The backbone is left in the mode it was found in; its running statistics are used and not changed.
     """
+    return gather(features_of_share(backbone, images, batch_size=batch_size, dtype=dtype))[: len(images)]
+
+
+@torch.no_grad()
+def features_of_share(
+    backbone: nn.Module, images: Tensor | EncodedImages, *, batch_size: int = 500, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`extract_features` of this process's share: as many for each, so that the last one's may end with some of the first."""
     device = next(backbone.parameters()).device
     was_training = backbone.training
     backbone.eval()
-    share = mine(filled_up(torch.arange(len(images))))
+    share = images[mine(filled_up(torch.arange(len(images))))]
     with autocast(device, dtype):
-        features = [backbone(plain_view(images[few].to(device))).float().cpu() for few in share.split(batch_size)]
+        features = [backbone(plain_view(few.to(device))).float().cpu() for few in in_batches(share, batch_size)]
     backbone.train(was_training)
-    return gather(torch.cat(features))[: len(images)]
+    return torch.cat(features)
 
 
 def pixel_features(images: Tensor) -> Tensor:
@@ -70,9 +78,44 @@ def knn_top1(
     right = 0
     for batch, labels in zip(F.normalize(test, dim=1).split(500), test_labels.split(500), strict=True):
         similarity, neighbours = (batch @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(batch), classes, device=batch.device)
-        votes.scatter_add_(1, train_labels[neighbours], torch.exp((similarity - similarity[:, :1]) / temperature))
-        right += int((votes.argmax(dim=1) == labels).sum())
+        right += votes_right(similarity, train_labels[neighbours], labels, classes, temperature)
+    return 100 * right / len(test)
+
+
+def votes_right(similarity: Tensor, voted: Tensor, labels: Tensor, classes: int, temperature: float) -> int:
+    """How many votes of neighbours (n, k), the most similar first, for these classes (n, k) agree with the labels (n,)."""
+    votes = torch.zeros(len(labels), classes, device=labels.device)
+    votes.scatter_add_(1, voted, torch.exp((similarity - similarity[:, :1]) / temperature))
+    return int((votes.argmax(dim=1) == labels).sum())
+
+
+def knn_top1_at_size(
+    backbone: nn.Module,
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    dtype: torch.dtype = torch.float32,
+    k: int = KNN_K,
+    temperature: float = KNN_TEMPERATURE,
+) -> float:
+    """`knn_top1` where the features of all training images are too many for one process: each looks among its own.
+
+    Of the k nearest of each process the k nearest of all are taken, which is the same. All processes must call this.
+    """
+    device = next(backbone.parameters()).device
+    own = F.normalize(features_of_share(backbone, train.images, dtype=dtype), dim=1).to(device)
+    share = mine(filled_up(torch.arange(len(train))))
+    own_labels = train.labels[share].to(device)
+    again = torch.arange(len(share), device=device) + rank() * len(share) >= len(train)  # what the last one was filled up with
+    asked = F.normalize(extract_features(backbone, test.images, dtype=dtype), dim=1).to(device)
+    k, classes, right = min(k, len(train)), int(train.labels.max()) + 1, 0
+    for batch, labels in zip(asked.split(500), test.labels.to(device).split(500), strict=True):
+        similarity, neighbours = (batch @ own.T).masked_fill(again, -torch.inf).topk(min(k, len(own)), dim=1)
+        both = [
+            gather(rows).unflatten(0, (world(), -1)).transpose(0, 1).flatten(1) for rows in (similarity, own_labels[neighbours])
+        ]
+        similarity, which = both[0].topk(k, dim=1)
+        right += votes_right(similarity, both[1].gather(1, which), labels, classes, temperature)
     return 100 * right / len(test)
 
 

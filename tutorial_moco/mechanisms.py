@@ -249,13 +249,13 @@ class MoCoV3(Mechanism):
     the queries go through one network more, the predictor, which has no slow copy; each view is query once and key once.
 
     The published loss adds both directions and multiplies by 2 * temperature: this one times 4 * temperature, which with SGD
-    only scales the learning rate. And m there rises to 1.
+    only scales the learning rate (and nothing with AdamW or LARS, whose steps do not depend on the length of a gradient).
     """
 
     def __init__(self, encoder: Encoder, m: float = 0.99):
         super().__init__()
         self.encoder, self.key_encoder = encoder, deepcopy(encoder).requires_grad_(False)
-        self.predictor, self.m = build_predictor(encoder.dim), m
+        self.predictor, self.m = build_predictor(encoder.dim, encoder.hidden), m
 
     def contrast(self, view_q: Tensor, view_k: Tensor, index: Tensor) -> Contrast:
         q = torch.cat([self.predictor(self.encoder.project(view)) for view in (view_q, view_k)])

@@ -33,6 +33,7 @@ from tutorial_moco.distributed import (
     one_for_all,
     rank,
     replica_of,
+    unsent,
     world,
 )
 from tutorial_moco.encoded import EncodedImages
@@ -40,6 +41,7 @@ from tutorial_moco.encoders import Encoder, SplitBatchNorm2d, build_encoder
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1, notebooks_knn_top1
 from tutorial_moco.images import ImageSet
+from tutorial_moco.lars import LARS
 from tutorial_moco.losses import estimate_log_z, info_nce, nce, pretext_accuracy
 from tutorial_moco.mechanisms import Contrast, EndToEnd, Mechanism, MemoryBank, MoCo, MoCoV3, SimCLR
 from tutorial_moco.randomness import permutation
@@ -170,6 +172,8 @@ def pretrain(
             if done >= 1 or caught:
                 break
             set_learning_rate(run.optimizer, recipe, done)
+            if recipe.m_rises:
+                run.mechanism.m = 1 - (1 - recipe.m) * cosine(done)
             start_time = time.perf_counter()
             epoch, index, images = next(feed)
             run.stalled += time.perf_counter() - start_time
@@ -208,17 +212,11 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
     mechanism = run.mechanism
     if run.undo:
         run.undo.keep()
-    with products_in(run.dtype):
-        batch = views_of(run, images, index, epoch)
-        index = mine(index)
-        with autocast(images.device, run.dtype):
-            contrast = (run.replica or mechanism.contrast)(*batch)
-        loss = loss_of(run, contrast)
-        (value,) = mean(loss, device=images.device)
-        if not math.isfinite(value):
-            _refuse(run, f"the loss is {value} at step {run.step + 1}, {_not_finite(contrast, index)}")
-        run.optimizer.zero_grad()
-        loss.backward()
+    run.optimizer.zero_grad()
+    *first, last = zip(images.chunk(run.recipe.accumulate, dim=-4), parts_of(run, index), strict=True)
+    with unsent(run.replica):
+        found = [find_gradient(run, *part, epoch) for part in first]
+    value, contrast, index = joined([*found, find_gradient(run, *last, epoch)])
     if not images.is_cuda:  # to read it there would be a second wait in a step; the next loss will show it
         norm = get_total_norm([p.grad for p in mechanism.parameters() if p.grad is not None]).item()
         if not math.isfinite(norm):
@@ -233,6 +231,35 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
     run.step += 1
     at_step(run.step)
     return value, contrast
+
+
+def find_gradient(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[float, Contrast, Tensor]:
+    """Lines 5 to 11: views, a look into the dictionary, the loss and its gradient; of a batch, or of one of its parts.
+
+    Returns:
+        Its share of the loss, what that was made of, and the numbers of this process's images.
+    """
+    with products_in(run.dtype):
+        batch = views_of(run, images, index, epoch)
+        index = mine(index)
+        with autocast(images.device, run.dtype):
+            contrast = (run.replica or run.mechanism.contrast)(*batch)
+        loss = loss_of(run, contrast) / run.recipe.accumulate
+        (value,) = mean(loss, device=images.device)
+        if not math.isfinite(value):
+            _refuse(run, f"the loss is {value} at step {run.step + 1}, {_not_finite(contrast, index)}")
+        loss.backward()
+    return value, contrast, index
+
+
+def joined(parts: list[tuple[float, Contrast, Tensor]]) -> tuple[float, Contrast, Tensor]:
+    """What `find_gradient` gave of the parts of a batch, as if it had been one. The negatives were the same for all."""
+    if len(parts) == 1:
+        return parts[0]
+    values, contrasts, index = zip(*parts, strict=True)
+    q, k, negatives, exclude = zip(*contrasts, strict=True)
+    excluded = None if exclude[0] is None else torch.cat(exclude)
+    return sum(values), Contrast(torch.cat(q).detach(), torch.cat(k), negatives[0], excluded), torch.cat(index)
 
 
 class Undo:
@@ -278,7 +305,9 @@ def fed(run: Run, images: Tensor | EncodedImages) -> Iterator[tuple[int, Tensor,
     try:
         for step, (epoch, index) in enumerate(batches(n, recipe, run.step, "cpu"), run.step):
             own = part(run, index, step)
-            both = own.view(2, -1) if shuffled(run) else own.expand(2, -1)  # queries' images and keys'
+            both = own.expand(2, -1)  # queries' images and keys'
+            if shuffled(run):
+                both = own.view(recipe.accumulate, 2, -1).transpose(0, 1).flatten(1)
             making.append((epoch, index, images.crops(both, recipe.augmentation, seed=recipe.seed, epoch=epoch)))
             if len(making) > AHEAD:
                 epoch, index, made = making.popleft()
@@ -293,13 +322,21 @@ def shuffled(run: Run) -> bool:
     return run.recipe.shuffle and world() > 1
 
 
+def parts_of(run: Run, index: Tensor) -> Sequence[Tensor]:
+    """The parts of a batch (B,) that are taken one after another: each has the next rows of every process."""
+    return index.view(world(), run.recipe.accumulate, -1).transpose(0, 1).flatten(1).unbind()
+
+
 def part(run: Run, index: Tensor, step: int | None = None) -> Tensor:
     """Numbers of the images that this process needs of a batch (B,) at this step, or another: its queries', and its keys' if
-    those are `shuffled`.
+    those are `shuffled`; of a batch in parts, of one part after another.
     """
-    if not shuffled(run):
-        return mine(index)
-    return torch.cat([mine(index), mine(index[run.mechanism.order(len(index), step, index.device)])])
+    rows = []
+    for few in parts_of(run, index):
+        rows.append(mine(few))
+        if shuffled(run):
+            rows.append(mine(few[run.mechanism.order(len(few), step, few.device)]))
+    return torch.cat(rows)
 
 
 def views_of(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, ...]:
@@ -386,9 +423,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, done: fl
     elif recipe.schedule == "steps":
         share = 0.1 ** sum(done >= step for step in STEPS)
     else:
-        share = 0.5 * (1 + math.cos(math.pi * (done - recipe.warmup) / (1 - recipe.warmup)))
+        share = cosine((done - recipe.warmup) / (1 - recipe.warmup))
     for group in optimizer.param_groups:
         group["lr"] = recipe.lr * share
+
+
+def cosine(done: float) -> float:
+    """Half a cosine, from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 # Building, saving and going on ---------------------------------------------------------------------------------------
@@ -396,7 +438,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, done: fl
 
 def check(recipe: Recipe, n: int, minutes: float | None) -> None:
     """What a recipe must satisfy for n images, and for the processes that share its batches."""
-    check_share(recipe.batch_size)
+    check_share(recipe.batch_size // recipe.accumulate)
     if world() > 1 and recipe.shuffle and recipe.symmetric:
         raise UsageError(f"--shuffle with --symmetric is for one process, not {world()}: leave one of the two out")
     if recipe.batch_size > n:
@@ -441,9 +483,10 @@ def start(
 def check_parts(encoder: Encoder, recipe: Recipe) -> None:
     """Of one image BatchNorm has no statistics where its map is a single pixel."""
     splits = max((module.splits for module in encoder.modules() if isinstance(module, SplitBatchNorm2d)), default=1)
-    if recipe.batch_size // world() < 2 * splits:
-        least = f"--batch-size must be at least {2 * splits * world()}, two images for each of its parts"
-        raise UsageError(f"{least}, with --norm {recipe.norm}, not {recipe.batch_size}")
+    parts = splits * world() * recipe.accumulate
+    if recipe.batch_size < 2 * parts:
+        least = f"--batch-size must be at least {2 * parts}, two images for each part that BatchNorm sees"
+        raise UsageError(f"{least}, not {recipe.batch_size}")
 
 
 def compile_run(run: Run) -> None:
@@ -484,10 +527,12 @@ def build_mechanism(recipe: Recipe, encoder, n: int) -> Mechanism:
 
 
 def build_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or AdamW, over the parameters that have a gradient, many tensors to a call."""
+    """SGD or LARS with momentum 0.9, or AdamW, over the parameters that have a gradient, many tensors to a call."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, foreach=True)
+    if recipe.optimizer == "lars":
+        return LARS(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, foreach=True)
 
 

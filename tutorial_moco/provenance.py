@@ -24,8 +24,14 @@ def provenance(data: ImageSet, device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "data": data.name,
         "data_hash": data.hash,
-        **({"skipped": list(data.skipped)} if getattr(data, "skipped", ()) else {}),
+        **({"skipped": skipped} if (skipped := _skipped(data)) else {}),
     }
+
+
+def _skipped(data) -> list[str]:
+    """Files that were left out when they were decoded, before the training or in it; annotated images have no such list."""
+    gone = getattr(getattr(data, "images", None), "bad", {})
+    return [*getattr(data, "skipped", ()), *(f"{name} ({reason})" for name, reason in gone.items())]
 
 
 def git_commit() -> str | None:

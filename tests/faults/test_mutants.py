@@ -73,7 +73,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the same bits after kill -9", "the order of images begins anew", "pretrain.py",
-        "in batches(len(train), recipe, run.step, device):", "in batches(len(train), recipe, 0, device):", KILLED,
+        "in batches(n, recipe, run.step, run.device):", "in batches(n, recipe, 0, run.device):", KILLED,
     ),
     Mutation(
         "stopped, no step is lost", "a signal is caught and forgotten", "pretrain.py",
