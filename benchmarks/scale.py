@@ -13,7 +13,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -22,6 +24,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm.auto import tqdm
 
 from benchmarks.measures import cost_of_steps
@@ -43,6 +46,7 @@ KEYS = tuple(4**power for power in range(5, 11))  # 1,024 to 1,048,576
 BATCHES = (64, 128, 256, 512, 1024)
 ROOT = Path(__file__).parent.parent
 FEW = 8  # pictures of a batch of the usual pipeline; it makes them one by one
+FEW_DECODED = 100  # pictures that decoders are compared by
 SOME = 32  # of ours
 RECIPE = RECIPES["small"].replace(batch_size=256)
 LARGE = RECIPES["imagenet-moco-v2"]
@@ -53,7 +57,7 @@ class Flags:
     """A step against K, batch and processes; bytes sent; pictures to views beside torchvision's usual pipeline."""
 
     data: str = ""  # a folder or .tar of large pictures, such as some of ImageNet's; without it none are decoded
-    only: str = ""  # pictures, keys, batches, processes, bytes, separated by commas; all if left out
+    only: str = ""  # pictures, training, keys, batches, processes, bytes, separated by commas; all if left out
     processes: tuple[int, ...] = (1, 2, 4)  # that share a training
     rounds: int = 5  # how many times pictures are decoded each way, in turns
     seconds: float = 4.0  # of decoding in a round, and of training on each number of processes
@@ -110,6 +114,33 @@ def crops_alone(pictures: ImageSet) -> Iterator[Tensor]:
             yield images.crops(index.expand(2, -1), "v2", seed=0, epoch=epoch).wait()
 
 
+def decoded(pictures: ImageSet, decoder: Callable[[bytes], object]) -> Iterator[None]:
+    """Whole pictures, one after another, by a decoder alone."""
+    images = pictures.images
+    contents = [(images.root / os.fsdecode(images.names[file])).read_bytes()[start:][:length]
+                for file, start, length in images.places[:FEW_DECODED].tolist()]  # fmt: skip
+    for number in count():
+        decoder(contents[number % len(contents)])
+        yield
+
+
+def by_pillow(content: bytes) -> object:
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def by_torchvision(content: bytes) -> Tensor:
+    return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
+def by_simplejpeg(content: bytes) -> object:
+    import simplejpeg  # is not installed by anything here
+
+    return simplejpeg.decode_jpeg(content)
+
+
+DECODERS = {"Pillow": by_pillow, "torchvision.io": by_torchvision, "simplejpeg": by_simplejpeg}
+
+
 def on_one_core(way: Callable, data: str, number: int, seconds: float) -> float:
     """In a child: pictures a second, of which each is shown in two views."""
     if hasattr(os, "sched_setaffinity"):
@@ -117,6 +148,16 @@ def on_one_core(way: Callable, data: str, number: int, seconds: float) -> float:
     torch.set_num_threads(1)
     pictures = load_images(data, "train", view_size=LARGE.view_size, progress=False)
     return measure(way(pictures), number, torch.device("cpu"), seconds)
+
+
+def decoders(flags: Flags) -> dict[str, float]:
+    """Pictures a second and core that each decoder opens; those that are installed."""
+    found = {}
+    for name, decoder in DECODERS.items():
+        with suppress(ImportError), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            way = partial(decoded, decoder=decoder)
+            found[name] = pool.submit(on_one_core, way, flags.data, 1, flags.seconds).result()
+    return found
 
 
 def decode(flags: Flags) -> dict[str, object]:
@@ -128,9 +169,21 @@ def decode(flags: Flags) -> dict[str, object]:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 rates[way.__name__].append(pool.submit(on_one_core, way, flags.data, ways[way], flags.seconds).result())
     each = [a / b for a, b in zip(rates["ours"], rates["usual"], strict=True)]
-    pictures_per_second = {name: median(found) for name, found in rates.items()}
-    return {"view_size": LARGE.view_size, "pictures_per_second_and_core": pictures_per_second, "ratio_usual": median(each),
-            "ratio_usual_min": min(each), "ratio_usual_max": max(each)}  # fmt: skip
+    return {
+        "view_size": LARGE.view_size, "ratio_usual": median(each), "ratio_usual_min": min(each), "ratio_usual_max": max(each),
+        "pictures_per_second_and_core": {name: median(found) for name, found in rates.items()}, "decoders": decoders(flags),
+    }  # fmt: skip
+
+
+def training(flags: Flags) -> dict[str, object]:
+    """The recipe for ImageNet with smaller batches, from pictures to weights, as `pretrain` does it."""
+    batch = 256 if torch.cuda.is_available() else 8
+    recipe = LARGE.replace(batch_size=batch, lr=LARGE.lr * batch / LARGE.batch_size, shuffle=False)
+    pictures = load_images(flags.data, "train", view_size=recipe.view_size, progress=False)
+    pretrain(recipe, pictures, minutes=flags.seconds / 60, progress=False)  # warms up
+    summary = pretrain(recipe, pictures, minutes=5 * flags.seconds / 60, progress=False).summary()
+    names = ("images_per_second", "data_stall_percent", "peak_memory_bytes", "steps", "precision")
+    return {"encoder": recipe.encoder, "batch_size": batch, **{name: summary[name] for name in names}}
 
 
 # A step --------------------------------------------------------------------------------------------------------------
@@ -175,22 +228,25 @@ def sent(W: int) -> dict[str, float]:
     return {"processes": W, "batch_size": 32 * W, "sent_bytes": cost.sent_bytes, "images_sent_bytes": cost.images_sent_bytes}
 
 
-PARTS = ("pictures", "keys", "batches", "processes", "bytes")
+PARTS = ("pictures", "training", "keys", "batches", "processes", "bytes")
 
 
 def benchmark(flags: Flags) -> dict[str, object]:
     """Measure what is asked for; returns what ``--json`` writes."""
-    parts = flags.only.split(",") if flags.only else [part for part in PARTS if part != "pictures" or flags.data]
+    of_pictures = {"pictures", "training"}
+    parts = flags.only.split(",") if flags.only else [part for part in PARTS if flags.data or part not in of_pictures]
     if unknown := set(parts) - set(PARTS):
         raise UsageError(f"--only {min(unknown)} is not known: choose of {', '.join(PARTS)}")
-    if "pictures" in parts and not flags.data:
-        raise UsageError("pictures need --data, a folder or .tar of large ones")
+    if of_pictures & set(parts) and not flags.data:
+        raise UsageError("pictures and training need --data, a folder or .tar of large pictures")
     if min(flags.rounds, flags.seconds, *flags.processes) <= 0:
         raise UsageError("--rounds, --seconds and --processes must be above 0")
     train, began, threads = load_images("shapes", "train", progress=False), time.perf_counter(), torch.get_num_threads()
     pixels, found = train.images[: 2 * max(BATCHES)].numpy(), {}
     if "pictures" in parts:
         found["pictures"] = decode(flags)
+    if "training" in parts:
+        found["training"] = training(flags)
     if "keys" in parts:
         found["keys"] = [step(pixels, K=K) for K in tqdm(KEYS, "keys")]
     if "batches" in parts:
@@ -215,7 +271,14 @@ def tables(result: dict) -> str:
         rows += [
             [name, f"{rate:,.0f}"] for name, rate in zip(names, pictures["pictures_per_second_and_core"].values(), strict=True)
         ]
+        rows += [[f"decoding alone, {name}", f"{rate:,.0f}"] for name, rate in pictures["decoders"].items()]
         parts.append(rows)
+    if found := result.get("training"):
+        head = ["the recipe for ImageNet", "batch", "images/s", "waiting for images", "peak memory"]
+        parts.append([head, [
+            found["encoder"], str(found["batch_size"]), f"{found['images_per_second']:,.1f}",
+            f"{found['data_stall_percent']} %", f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        ]])  # fmt: skip
     for name, title in ("keys", "K"), ("batches", "batch"):
         field = {"keys": "K", "batches": "batch_size"}[name]
         if found := result.get(name):

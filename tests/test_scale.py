@@ -58,8 +58,8 @@ def test_both_ways_show_the_same_kind_of_views(pictures):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--only", "pictures"], "pictures need --data"),
-        (["--only", "colours"], "--only colours is not known: choose of pictures, keys, batches, processes, bytes"),
+        (["--only", "pictures"], "pictures and training need --data"),
+        (["--only", "colours"], "--only colours is not known: choose of pictures, training, keys, batches, processes, bytes"),
         (["--rounds", "0"], "must be above 0"),
     ],
 )
