@@ -7,13 +7,15 @@
 # make slides  set up and make slides of chapters 01 to 05: build/slides
 # make classroom  set up, make the students' versions of the assignments, try the grader, grade a class of twelve: build/classroom
 # make bench  set up and measure the training speed beside the usual way, lightly, and the limit
+# make gpu    set up and measure what wants a GPU; PICTURES=folder or .tar of large ones, DATA=CIFAR-10 if it is not to be downloaded
 # make study  set up and measure the paper's claims: hours; stop it at any time, the same command goes on
 # make figures  draw every picture of the study and write docs/RESULTS.md, from the rows in data/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OFFLINE := PYTHONPATH=$(CURDIR)/tests/offline TUTORIAL_MOCO_DATA=shapes
-.PHONY: demo test faults lab bench study figures notebooks book slides classroom lint clean
+DATA ?= cifar10
+.PHONY: demo test faults lab bench gpu study figures notebooks book slides classroom lint clean
 
 demo: $(VENV)/ready-demo
 	$(BIN)/tutorial-moco compare --data shapes --minutes 0.8
@@ -24,7 +26,7 @@ test: $(VENV)/ready-test lint
 	$(OFFLINE) $(BIN)/python -m pytest --nbval build/solved
 
 faults: $(VENV)/ready-test
-	TUTORIAL_MOCO_FAULTS=1 $(BIN)/python -m pytest tests/faults tests/test_distributed.py
+	TUTORIAL_MOCO_FAULTS=1 $(BIN)/python -m pytest tests/faults tests/test_distributed.py tests/test_images.py tests/test_encoded.py
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
@@ -35,6 +37,11 @@ lab: $(VENV)/ready-notebooks
 
 bench: $(VENV)/ready-benchmarks
 	$(BIN)/python -m benchmarks.throughput
+
+gpu: $(VENV)/ready-test
+	$(BIN)/python -m pytest tests/test_gpu.py
+	$(BIN)/python -m benchmarks.scale $(if $(PICTURES),--data $(PICTURES)) --json data/scale-gpu.json
+	$(BIN)/python -m benchmarks.study --encoder resnet18 --only reference --seeds 1 --data $(DATA)
 
 study: $(VENV)/ready-demo
 	$(BIN)/python -m benchmarks.study

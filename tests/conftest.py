@@ -33,6 +33,8 @@ ELSEWHERE = {  # promise: the best test of it that we found in other projects
     "no process waits for one that is lost": "torchelastic's tests of its agent",
     "the number of processes may change": "Composer: elastic resumption",
     "what is not finite changes nothing": "torchtitan: a loss that is not finite ends the training",
+    "a bad picture is named or left out": "none found",
+    "a download is whole, or leaves nothing": "none found",
     "nothing grows": "none found",
     "any configuration trains or is told in a line": "none found",
     "each promise's test can fail": "none found",

@@ -230,7 +230,7 @@ def spoilt(folder, out):
     return out
 
 
-def test_a_bad_picture_ends_the_training_with_its_name_or_is_gray(folder, tmp_path):
+def test_a_bad_picture_ends_the_training_with_its_name_or_is_gray(folder, tmp_path, held):
     mine, every = spoilt(folder, tmp_path / "pets"), torch.arange(24).expand(2, -1)
     for rows, name in ([2], "train/bee/002.jpg"), ([11], "train/cat/103.jpg"):
         with pytest.raises(BadPicture, match=f"{name} cannot be decoded .*: mend it or take it out"):
@@ -241,6 +241,12 @@ def test_a_bad_picture_ends_the_training_with_its_name_or_is_gray(folder, tmp_pa
     for row in range(24):
         assert torch.equal(found[:, row], torch.full_like(found[:, row], encoded.GRAY) if row in (2, 11) else expected[:, row])
     assert sorted(images.bad) == ["train/bee/002.jpg", "train/cat/103.jpg"]
+    held(
+        "a bad picture is named or left out",
+        "in the middle of a training from encoded pictures: named, or gray and listed",
+        2,
+        2,
+    )
 
 
 def test_a_bad_picture_in_a_training_is_told_in_a_line(folder, tmp_path, capsys):

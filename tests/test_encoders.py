@@ -254,3 +254,25 @@ def test_whitening_is_not_learned_and_is_kept_in_the_checkpoint():
     assert isinstance(encoder.backbone, SmallBackbone)
     torch.testing.assert_close(encoder.state_dict()["backbone.whitening.weight"], expected.weight)
     assert not any("whitening" in name for name, _ in encoder.named_parameters())
+
+
+@pytest.mark.parametrize("head", ["mlp4", "linear:8", "mlp3:", "mlp3:wide", "mlp2:0"])
+def test_a_head_that_is_not_known_is_told(head):
+    with pytest.raises(UsageError, match=f"--head {head} is not known: choose linear, mlp, mlp2 or mlp3, or a width"):
+        build_encoder("tiny", head=head)
+
+
+def test_v3s_heads_are_as_wide_as_they_are_told():
+    widths = {
+        head: [
+            tuple(layer.weight.shape)
+            for layer in build_encoder("tiny", head=head, dim=16).head.modules()
+            if hasattr(layer, "in_features")
+        ]
+        for head in ("mlp2", "mlp3", "mlp2:100", "mlp3:100")
+    }
+    assert widths["mlp2"] == [(64, 64), (16, 64)]
+    assert widths["mlp3"] == [(64, 64), (64, 64), (16, 64)]
+    assert widths["mlp2:100"] == [(100, 64), (16, 100)]
+    assert widths["mlp3:100"] == [(100, 64), (100, 100), (16, 100)]
+    assert build_encoder("tiny", head="mlp3:100", dim=16).hidden == 100

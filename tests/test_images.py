@@ -149,13 +149,16 @@ def test_one_image_a_class_trains_but_cannot_be_tested(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1"])
-def test_modes(tmp_path, mode):
+def test_modes(tmp_path, mode, held):
     kind, suffix = ("TIFF", "tif") if mode == "CMYK" else ("PNG", "png")
     original = picture(1, mode=mode)
     files = tree() | {f"train/cat/0.{suffix}": encode(original, kind)}
     if suffix != "png":
         del files["train/cat/0.png"]
     assert np.array_equal(load(make(tmp_path, files)).images[0].permute(1, 2, 0), np.asarray(original.convert("RGB")))
+    held(
+        "a bad picture is named or left out", "gray, palette, transparent, CMYK, one bit: the picture as Pillow shows it", 1, 1
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -219,19 +222,21 @@ def test_unknown_split_is_a_wrong_setting(tmp_path):
 
 @pytest.mark.parametrize("form", ["", ".tar.xz", ".zip"])
 @pytest.mark.parametrize("content", [b"", b"no image", tree()["train/cat/0.png"][:-30]])
-def test_an_undecodable_image_is_named(tmp_path, form, content):
+def test_an_undecodable_image_is_named(tmp_path, form, content, held):
     files = tree(lead="pets/") | {"pets/train/dog/2.png": content}
     path = make(tmp_path, files, form) if form else write_folder(tmp_path / "mine", files)
     with pytest.raises(DataError, match=r"pets/train/dog/2\.png cannot be decoded"):
         load(path)
+    held("a bad picture is named or left out", "empty, no image, cut off; in a folder, a packed archive, a zip: named", 1, 1)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("limit", [20, 100])  # twice the limit is an error of Pillow's, once only a warning
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit, held):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(DataError, match=r"0\.png is larger than Pillow decodes"):
         load(make(tmp_path, tree()))
+    held("a bad picture is named or left out", "a decompression bomb: refused before it is decoded", 1, 1)
 
 
 def test_more_than_half_of_the_memory_is_refused(tmp_path, monkeypatch):
@@ -333,7 +338,7 @@ def damaged_tree():
 
 
 @pytest.mark.parametrize("size", [None, 20])
-def test_bad_images_are_skipped_if_asked_and_listed_and_the_rest_is_as_without_them(tmp_path, size, capsys):
+def test_bad_images_are_skipped_if_asked_and_listed_and_the_rest_is_as_without_them(tmp_path, size, capsys, held):
     files, bad = damaged_tree()
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     sound, mixed = make(tmp_path / "a", files), make(tmp_path / "b", files | bad)
@@ -351,6 +356,8 @@ def test_bad_images_are_skipped_if_asked_and_listed_and_the_rest_is_as_without_t
     assert "4 of its train files skipped: " in capsys.readouterr().err
     with pytest.raises(DataError, match="cannot be decoded"):  # what was skipped once is no licence
         load(mixed, image_size=size)
+    told = "cut off, empty, no image, a header alone, a name in another script: each listed, the rest as without them"
+    held("a bad picture is named or left out", told, len(bad), len(bad))
 
 
 def test_where_no_image_can_be_decoded_there_is_nothing_to_skip_to(tmp_path):
@@ -366,13 +373,14 @@ def test_where_no_image_can_be_decoded_there_is_nothing_to_skip_to(tmp_path):
 
 @pytest.mark.parametrize("form", [".tar", ".tar.xz", ".zip"])
 @pytest.mark.parametrize("name", ["../train/cat/evil.png", "train/../../x.png", "/etc/evil.png", r"C:\evil.png", r"..\x"])
-def test_members_that_point_outside_are_refused(tmp_path, monkeypatch, form, name):
+def test_members_that_point_outside_are_refused(tmp_path, monkeypatch, form, name, held):
     path = make(tmp_path, tree() | {name: b"evil"}, form)
     monkeypatch.setattr(images, "_decode", lambda *args: pytest.fail("decoded from an unsafe archive"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match=r"is refused.*outside"):
         load(path)
     assert sorted(tmp_path.rglob("*")) == before
+    held("no file is run", "archives with a member that points outside: refused, nothing written", 1, 1)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
@@ -414,7 +422,7 @@ def pixels_of(path):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_cut_anywhere(tmp_path, form):
+def test_cut_anywhere(tmp_path, form, held):
     path = make(tmp_path, tree(train=2, test=1), form)
     whole, content = pixels_of(path), path.read_bytes()
     end = len(content) - 1
@@ -427,6 +435,7 @@ def test_cut_anywhere(tmp_path, form):
         path.write_bytes(content[:cut])
         with pytest.raises(DataError, match="truncated or damaged"):
             load(path)
+    held("damage is found before it is parsed", "archives of images cut off anywhere", len(cuts), len(cuts))
     path.write_bytes(content)
     assert pixels_of(path) == whole
     if form == ".tar":
@@ -718,12 +727,13 @@ def test_a_download_is_kept_and_cached(server, cache):
     assert sorted(file.suffix for file in cache.iterdir()) == [".gz", ".safetensors", ".safetensors"]
 
 
-def test_a_download_that_fails_is_tried_again(server, cache, capsys):
+def test_a_download_that_fails_is_tried_again(server, cache, capsys, held):
     server.answer = "better at the third try"
     assert len(load("cifar10")) == 20
     assert server.hits == 5
     said = capsys.readouterr().err
     assert said.count("cifar10 could not be downloaded (") == said.count("once more in 0 s") == 2
+    held("a download is whole, or leaves nothing", "better at the third try", 1, 1)
 
 
 def test_a_file_that_is_not_there_is_asked_for_once(server, cache):
@@ -739,7 +749,7 @@ def test_a_download_that_has_moved_is_followed(server, cache):
 
 
 @pytest.mark.parametrize("answer", ["500", "cut off", "wrong bytes", "refused"])
-def test_a_failed_download_says_what_to_do_and_leaves_nothing(server, cache, monkeypatch, answer):
+def test_a_failed_download_says_what_to_do_and_leaves_nothing(server, cache, monkeypatch, answer, held):
     server.answer = answer
     if answer == "refused":
         with socket.socket() as unused:
@@ -756,6 +766,7 @@ def test_a_failed_download_says_what_to_do_and_leaves_nothing(server, cache, mon
     server.answer = "whole"
     if answer != "refused":
         assert len(load("cifar10")) == 20
+    held("a download is whole, or leaves nothing", f"the server answers: {answer}; the next start succeeds", 1, 1)
 
 
 def test_an_archive_brought_by_hand_needs_no_network(server, cache):
@@ -783,11 +794,12 @@ def test_nothing_is_unpickled_that_does_not_match_its_md5(server, monkeypatch):
         load("cifar10")
 
 
-def test_half_an_extraction_of_a_killed_start_is_not_taken_for_good(server, cache):
+def test_half_an_extraction_of_a_killed_start_is_not_taken_for_good(server, cache, held):
     half = cache / "cifar-10-batches-py"
     half.mkdir(parents=True)
     (half / "data_batch_1").write_bytes(b"half")
     assert len(load("cifar10")) == 20
+    held("a download is whole, or leaves nothing", "half an extraction of a killed start", 1, 1)
 
 
 def test_a_download_without_a_writable_cache(server, cache, capsys):

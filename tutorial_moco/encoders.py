@@ -63,21 +63,22 @@ def build_head(kind: str, feature_dim: int, dim: int) -> nn.Module:
         kind: ``linear`` (MoCo v1), ``mlp`` (two layers with a ReLU between: SimCLR, v2), ``mlp2`` or ``mlp3`` (two or three
             layers with BatchNorm: v3 of a ResNet and of a transformer), 4 C wide between, or as told: ``mlp3:4096``.
     """
-    kind, hidden = kind.partition(":")[0] if kind.startswith(("mlp2", "mlp3")) else kind, hidden_of(kind, dim)
+    name, colon, width = kind.partition(":")
     if kind == "linear":
         return nn.Linear(feature_dim, dim)
     if kind == "mlp":
         return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, dim))
-    if kind in ("mlp2", "mlp3"):
-        between = nn.Sequential(*_normed(feature_dim, hidden), *(_normed(hidden, hidden) if kind == "mlp3" else []))
+    if name in ("mlp2", "mlp3") and (not colon or (width.isdigit() and int(width) > 0)):
+        hidden = hidden_of(kind, dim)
+        between = nn.Sequential(*_normed(feature_dim, hidden), *(_normed(hidden, hidden) if name == "mlp3" else []))
         return nn.Sequential(between, nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim, affine=False))
     raise UsageError(f"--head {kind} is not known: choose linear, mlp, mlp2 or mlp3, or a width with these two: mlp3:4096")
 
 
 def hidden_of(kind: str, dim: int) -> int:
     """How wide the layers of v3's heads and predictor are."""
-    told = kind.partition(":")[2]
-    return int(told) if told.isdigit() and int(told) > 0 else 4 * dim
+    width = kind.partition(":")[2]
+    return int(width) if width else 4 * dim
 
 
 def build_predictor(dim: int, hidden: int) -> nn.Module:
