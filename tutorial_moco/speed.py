@@ -62,12 +62,12 @@ def choose_precision(encoder: nn.Module, view: torch.Tensor) -> torch.dtype:
     On a GPU nothing is measured: bfloat16 where its tensor cores multiply it (Ampere and newer).
 
     Args:
-        view: float32 (B, 3, H, W); its first 128 images are used: of fewer, fixed costs hide the difference. The encoder's
-            state is not changed.
+        view: float32 (B, 3, H, W); its first 128 images of 32 pixels, or as many pixels of larger ones, are used: of fewer,
+            fixed costs hide the difference. The encoder's state is not changed.
     """
     if view.is_cuda:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    view = view[:128]
+    view = view[: max(4, 128 * 32**2 // view.shape[-1] ** 2)]
     state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}
     for turn in range(6):  # in turns, so that what else happens on the machine meets both
