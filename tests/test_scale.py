@@ -49,7 +49,7 @@ def test_processes_share_a_training():
 def test_both_ways_show_the_same_kind_of_views(pictures):
     loaded = scale.load_images(pictures, "train", view_size=64, progress=False)
     assert len(loaded) == 10  # two were taken out to test on
-    theirs, ours = next(scale.usual(loaded)), next(scale.ours(loaded))
+    theirs, ours = next(scale.by_torchvision_alone(loaded)), next(scale.ours(loaded))
     assert theirs.shape == (scale.FEW, 2, 3, 64, 64)
     assert [view.shape for view in ours] == [(10, 3, 64, 64)] * 2
     assert abs(theirs.std() - ours[0].std()) < 0.4

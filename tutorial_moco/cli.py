@@ -103,7 +103,8 @@ class Evaluate(DataFlags):
     checkpoint: Path = Path("checkpoint.safetensors")
     """The checkpoint.safetensors of a run, or a .pth.tar of the published MoCo (then with --view-size 224)."""
     view_size: int | None = None
-    """Take so many pixels of whole pictures of a folder or a .tar, which stay encoded; as in training if left out."""
+    """Take so many pixels of whole pictures of a folder or a .tar, which stay encoded; if left out as in the training, where
+    --data is a path and there is no --image-size."""
     probe: Literal["regression", "sgd"] | None = None
     """The linear classifier: a regression on the features as they are (if left out, for images in memory), or the papers'
     training on random crops (for pictures that stay encoded)."""
@@ -240,6 +241,8 @@ def run_compare(flags: Compare) -> dict:
     """All three of Figure 2, from the same settings."""
     if flags.settings.mechanism != "moco":
         raise UsageError("--mechanism has no place here: compare trains all three; use pretrain for one")
+    if flags.settings.view_size:
+        raise UsageError("--view-size is for pretrain: compare trains from images in memory, for which there is --image-size")
     moco = flags.settings
     others = [moco.replace(mechanism=name, symmetric=False, shuffle=False) for name in ("end_to_end", "memory_bank")]
     return _train(flags, [*others, moco], baselines=True)
@@ -269,13 +272,15 @@ def run_evaluate(flags: Evaluate) -> dict:
 
     if not flags.lr or not all(lr > 0 for lr in flags.lr):
         raise UsageError(f"--lr must be above 0, not {' '.join(map(str, flags.lr))}")
-    view_size = flags.view_size or load_encoder(flags.checkpoint)[1].view_size
+    view_size = flags.view_size
+    if view_size is None and flags.image_size is None and os.path.exists(flags.data):
+        view_size = load_encoder(flags.checkpoint)[1].view_size
+    if view_size and flags.probe == "regression":
+        raise UsageError("--probe regression is for images in memory: leave it out with pictures that stay encoded")
     sgd = SETTINGS.replace(epochs=flags.epochs, batch_size=flags.batch_size, lr=flags.lr[0])
     train, test = load(flags, view_size)
     how = {"sgd": sgd, "lrs": flags.lr, "out": flags.out or flags.checkpoint.parent}
-    by_sgd = flags.probe == "sgd" or (view_size and flags.probe is None)
-    if view_size and not by_sgd:
-        raise UsageError("--probe regression is for images in memory: leave it out with pictures that stay encoded")
+    by_sgd = flags.probe == "sgd" or view_size
     if not (result := evaluate_checkpoint(flags.checkpoint, train, test, **(how if by_sgd else {}))):
         return {}
     print(f"kNN {result['knn_top1']:.2f} %, linear {result['linear_top1']:.2f} % of {len(test):,} {test.split} images")
@@ -474,7 +479,12 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(__version__)
         return 0
-    goes_on = "goes on from the last checkpoint" if argv[0] in ("compare", "pretrain") else "begins anew"
+    continued = {
+        "compare": "the last checkpoint",
+        "pretrain": "the last checkpoint",
+        "evaluate": "a linear probe that was begun",
+    }
+    goes_on = f"goes on from {continued[argv[0]]}" if argv[0] in continued else "begins anew"
     return exit_status("tutorial-moco", lambda: run_command(*argv), goes_on)
 
 
@@ -518,7 +528,10 @@ def exit_status(prog: str, work: Callable[[], None], again: str) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; a name, so that --help need not wait for torch
             raise
-        print(f"{prog}: the GPU's memory is full: take a smaller --batch-size or --image-size", file=sys.stderr)
+        print(
+            f"{prog}: the GPU's memory is full: take a smaller --batch-size, --image-size or --view-size, or --accumulate 2",
+            file=sys.stderr,
+        )
         return UsageError.exit_status
     except KeyboardInterrupt:
         if not process():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tutorial_moco import figures
 from tutorial_moco.augment import plain_view, two_views
-from tutorial_moco.distributed import rank
+from tutorial_moco.distributed import every, rank
 from tutorial_moco.encoded import EncodedImages
 from tutorial_moco.encoders import reading
 from tutorial_moco.evaluate import (
@@ -68,8 +68,7 @@ def compare(
         tell("baselines: raw pixels and an untrained encoder")
         features["untrained"] = features_of(untrained(recipes[-1], train, device), train, test)
         if not rank():  # the first process judges and reports
-            if not recipes[-1].view_size:
-                results["pixels"] = {"knn_top1": knn_of_pixels(train, test)}
+            results["pixels"] = {"knn_top1": knn_of_pixels(train, test)}
             results["untrained"] = evaluate_features(*features["untrained"], train, test)
     for recipe in recipes:
         folder = out / recipe.mechanism if len(recipes) > 1 else out
@@ -88,8 +87,12 @@ def compare(
         results[recipe.mechanism] = {
             **accuracy, **run.summary(), "losses": run.losses, "monitor": run.monitor, "recipe": dataclasses.asdict(recipe),
         }  # fmt: skip
+    bad = [_bad(images) for images in (train, test)]
     if rank():
         return {}
+    for images, gray in zip((train, test), bad, strict=True):
+        if gray:
+            tell(f"{gray} {images.split} pictures could not be decoded, and were gray")
     facts = provenance(train, device) | {"knn_k": KNN_K, "knn_temperature": KNN_TEMPERATURE}
     table = [HEAD] + [table_row(name, result) for name, result in results.items()]
     print(text_table(table))
@@ -139,6 +142,15 @@ def table_row(name: str, result: dict) -> list[str]:
         cell("images_seen", "{:,.0f}"), cell("train_seconds", "{:.0f}"), cell("dictionary_bytes", "{:.1f} MiB", 2**20),
         cell("peak_memory_bytes", "{:,.0f} MiB", 2**20),
     ]  # fmt: skip
+
+
+def _bad(images: ImageSet) -> int:
+    """How many encoded pictures could not be decoded since the start, on any process; then all processes know them."""
+    if not isinstance(images.images, EncodedImages):
+        return 0
+    for theirs in every(images.images.bad):
+        images.images.bad.update(theirs)
+    return len(images.images.bad)
 
 
 def few_of(images: ImageSet, n: int) -> ImageSet:

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tutorial_moco.encoders import Encoder, build_encoder, build_predictor
 from tutorial_moco.errors import UsageError
+from tutorial_moco.losses import LOGITS_AT_ONCE
 from tutorial_moco.recipes import PUBLISHED, RECIPES, Recipe
 
 # MoCo v1 with a ResNet-50: 53 h on 8 V100 for 200 epochs (arXiv 2003.04297, table 3) is 168 images a second on each.
@@ -64,7 +65,8 @@ def estimate(recipe: Recipe, n: int, gpus: int, images_per_second: float | None 
     keys = {"moco": recipe.K, "memory_bank": n}.get(recipe.mechanism, 0)
     negatives = recipe.K if recipe.mechanism in ("moco", "memory_bank") else recipe.batch_size
     memory = FLOAT32 * ((2 + states) * trained + slow + keys * recipe.dim)
-    memory += own * views * VIEWS_KEPT[recipe.mechanism] * (kept + 2 * FLOAT32 * negatives)
+    rows = own * views * VIEWS_KEPT[recipe.mechanism]
+    memory += rows * kept + 2 * FLOAT32 * min(rows * negatives, LOGITS_AT_ONCE)
     sent = FLOAT32 * (2 * (gpus - 1) / gpus * trained + (gpus - 1) * own * recipe.accumulate * recipe.dim) if gpus > 1 else 0
     size = 3 * (recipe.view_size or 32) ** 2
     steps = recipe.epochs * (n // recipe.batch_size)
@@ -86,6 +88,8 @@ def told(name: str, recipe: Recipe, gpus: int, n: int | None = None, images_per_
             f"{value} % {kind}" for value, kind in ((published.linear_top1, "linear"), (published.knn_top1, "kNN")) if value
         ]
         lines.append(f"published: {', '.join([*reached, *filter(None, [published.cost])])} ({published.source})")
+        if published.otherwise:
+            lines.append(f"otherwise there: {published.otherwise}")
     speed = (
         "as you say"
         if images_per_second

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from tutorial_moco.errors import DataError, LostProcess, UsageError
+from tutorial_moco.errors import BadPicture, DataError, LostProcess, UsageError
 
 BEAT = 1.0  # seconds between two signs of life
+JOINING = 1800.0  # seconds for all to arrive, which may read a list of a million pictures first
 _heart: "Heart | None" = None
 
 
@@ -43,11 +45,10 @@ def processes() -> Iterator[None]:
         return
     device = _own_gpu()
     store, r, W = next(rendezvous("env://"))
-    # torchrun's store outlives the processes that it starts again, and with it the addresses of those before: without a name
-    # of its own each time, a process may call one that is gone.
-    store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(_room(store, r, W), store)
     # No exchange has a time-out: a long evaluation is none's fault, and who is silent is the heart's business.
-    dist.init_process_group(store=store, rank=r, world_size=W, timeout=datetime.timedelta(days=30), device_id=device)
+    backend = "cpu:gloo,cuda:nccl" if device else "gloo"
+    dist.init_process_group(backend, store=store, rank=r, world_size=W, timeout=datetime.timedelta(days=30), device_id=device)
     _heart = Heart(dist.PrefixStore("beats", store.clone()), r, W, _silence())
     try:
         yield
@@ -63,6 +64,35 @@ def processes() -> Iterator[None]:
         _heart.stopped.set()
         _heart = None
         dist.destroy_process_group()
+
+
+def _room(store: dist.Store, r: int, W: int) -> str:
+    """A name that these W processes share, and none before them.
+
+    torchrun's store outlives the processes that it starts again, and with it the addresses of those before: without a name of
+    their own, a process may call one that is gone. No count of starts that all agree on is to be had (torchrun's own differs
+    between machines), so the first process asks who is there: each leaves a name that it has just drawn, and finds its answer.
+    """
+    me, end = uuid.uuid4().hex, time.monotonic() + JOINING
+    if r:
+        store.set(f"here/{r}", me)
+        try:
+            store.wait([f"room/{me}"], datetime.timedelta(seconds=JOINING))
+        except RuntimeError as error:
+            raise LostProcess(f"process 0 was not met within {JOINING / 60:.0f} minutes") from error
+        room = store.get(f"room/{me}").decode()
+        store.set(f"{room}/{r}", "met")
+        return room
+    missing = list(range(1, W))
+    while missing:
+        for other in missing:
+            if store.check([f"here/{other}"]):  # who was there before does not answer
+                store.set(f"room/{store.get(f'here/{other}').decode()}", me)
+        missing = [other for other in missing if not store.check([f"{me}/{other}"])]
+        if time.monotonic() > end:
+            raise LostProcess(f"process {missing[0]} was not met within {JOINING / 60:.0f} minutes")
+        time.sleep(0.02)
+    return me
 
 
 def _own_gpu() -> torch.device | None:
@@ -284,7 +314,7 @@ def one_for_all() -> Iterator[None]:
     try:
         yield
     except (UsageError, DataError) as error:
-        if world() == 1:
+        if world() == 1 or isinstance(error, BadPicture):  # the others may be in an exchange by then
             raise
         told = type(error), str(error)
     kind, message = next((one for one in every(told) if one), (None, ""))

@@ -16,9 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -33,6 +35,7 @@ GRAY = 128  # of a picture that cannot be decoded where that is no matter
 # From heights and widths of n pictures, float32 (n,), what a view shows: boxes (n, 4), left, top, right, bottom in pixels, and
 # whether it is mirrored, bool (n,).
 Frame = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Tag = TypeVar("Tag")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +47,8 @@ class EncodedImages:
         names: bytes (F,), files. places: int64 (N, 3), of each picture the number of its file, its first byte there, and how
             many it has.
         size: height and width of views, and of the images as they are evaluated, in pixels.
-        skip: a picture that cannot be decoded is gray; else it ends the training.
-        bad: those that were, each with the reason.
+        skip: a picture that cannot be decoded is gray; else it ends the training, as a fault of the machine does.
+        bad: those that were since the start, each with the reason; of this process.
     """
 
     root: Path
@@ -99,14 +102,14 @@ class EncodedImages:
 
     def open(self, row: int) -> Image.Image | None:
         """A picture, upright, its pixels not decoded yet; None if it is bad and that is no matter."""
+        return self.sound(row, lambda: upright(Image.open(io.BytesIO(self.content(row)))))
+
+    def content(self, row: int) -> bytes:
+        """The file of a picture."""
         file, start, length = self.places[row].tolist()
-
-        def read() -> Image.Image:
-            with open(self.root / os.fsdecode(self.names[file]), "rb") as stream:
-                stream.seek(start)
-                return upright(Image.open(io.BytesIO(stream.read(length))))
-
-        return self.sound(row, read)
+        with open(self.root / os.fsdecode(self.names[file]), "rb") as stream:
+            stream.seek(start)
+            return stream.read(length if start else -1)  # of a folder the whole file, which may have been mended since
 
     def sound(self, row: int, work: Callable):
         """The work on a picture; None, and the reason kept, if it is bad and that is no matter."""
@@ -116,7 +119,8 @@ class EncodedImages:
             with told(self.root, name):
                 return work()
         except DataError as error:
-            if not self.skip:
+            fault = isinstance(error.__cause__, MemoryError) or getattr(error.__cause__, "errno", None)  # of the machine
+            if fault or not self.skip:
                 raise BadPicture(str(error)) from error
             self.bad[name] = str(error.__cause__)
             return None
@@ -127,7 +131,7 @@ class EncodedImages:
 
     def packed(self) -> tuple[Tensor, Tensor, dict[str, object]]:
         """What `unpacked` takes: places, names as uint8 (F, longest), and the rest."""
-        names = torch.from_numpy(self.names.view(np.uint8).reshape(len(self.names), -1).copy())
+        names = torch.from_numpy(self.names.view(np.uint8).reshape(len(self.names), self.names.dtype.itemsize).copy())
         return self.places, names, {"root": str(self.root), "size": self.size, "skip": self.skip}
 
     @classmethod
@@ -141,18 +145,25 @@ def in_batches(images: Tensor | EncodedImages, n: int) -> Iterator[Tensor]:
     if isinstance(images, Tensor):
         yield from images.split(n)
         return
-    yield from in_turn(part.centres() for part in images.split(n))
+    for _, made in in_turn((None, part.centres()) for part in images.split(n)):
+        yield made[0]
 
 
-def in_turn(begun: Iterable[Making], ahead: int = 1) -> Iterator[Tensor]:
-    """What is made, one after another, some of it ahead; ``Making.wait``'s first view."""
-    making: deque[Making] = deque()
-    for one in begun:
-        making.append(one)
-        if len(making) > ahead:
-            yield making.popleft().wait()[0]
-    while making:
-        yield making.popleft().wait()[0]
+def in_turn(begun: Iterable[tuple[Tag, Making]], ahead: int = 1) -> Iterator[tuple[Tag, Tensor]]:
+    """What is made, one after another, while the next ones are begun. What nobody asks for any more is cancelled."""
+    making: deque[tuple[Tag, Making]] = deque()
+    try:
+        for one in begun:
+            making.append(one)
+            if len(making) > ahead:
+                tag, made = making.popleft()
+                yield tag, made.wait()
+        while making:
+            tag, made = making.popleft()
+            yield tag, made.wait()
+    finally:
+        for _, made in making:
+            made.cancel()
 
 
 class Making:
@@ -206,19 +217,20 @@ def _make(images: EncodedImages, rows: list[int], frames: dict[int, Frame], pixe
 
 
 def cut(picture: Image.Image, boxes: list[list[float]], size: int) -> list[np.ndarray]:
-    """Parts of a picture, each resized to uint8 (size, size, 3) by Pillow's antialiased bilinear filter.
+    """Parts of a picture, each resized to uint8 (size, size, 3) by torch's antialiased bilinear filter for 8 bits.
 
-    A JPEG is decoded at half, a quarter or an eighth of its size, which costs less, where no part has then fewer pixels than
-    it is brought to.
+    A JPEG is decoded at half, a quarter or an eighth of its size, which costs less, where each part has then still twice as many
+    pixels a side as it is brought to: fewer, and a box that is rounded to them would be felt.
     """
     width, height = picture.size
-    spare = min(min(right - left, bottom - top) for left, top, right, bottom in boxes) / size
+    spare = min(min(right - left, bottom - top) for left, top, right, bottom in boxes) / (2 * size)
     if spare >= 2:
         picture.draft(None, (int(width / spare), int(height / spare)))
-    whole = rgb(picture)
-    x, y = whole.width / width, whole.height / height
-    inside = [(a * x, b * y, min(c * x, whole.width), min(d * y, whole.height)) for a, b, c, d in boxes]
-    return [np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR, box=box)) for box in inside]
+    whole = torch.from_numpy(np.array(rgb(picture))).permute(2, 0, 1)[None]
+    x, y = whole.shape[3] / width, whole.shape[2] / height
+    parts = [whole[:, :, round(b * y) : round(d * y), round(a * x) : round(c * x)] for a, b, c, d in boxes]
+    resized = [F.interpolate(part, (size, size), mode="bilinear", antialias=True) for part in parts]
+    return [part[0].permute(1, 2, 0).numpy() for part in resized]
 
 
 def random_frame(u: Tensor, recipe: Augmentation, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,11 +285,14 @@ def catalogue(path: Path, size: int, skip: bool) -> tuple[dict[str, tuple[Encode
         DataError: it is compressed, holds no pictures to train on, or is damaged.
     """
     path = path.resolve()
-    if path.is_dir() and (shards := sorted(path.rglob("*.tar"))):
-        return _of_shards(path, shards, size, skip)
     if not path.is_dir() and path.suffix != ".tar":
         raise DataError(f"{path} cannot be read where it lies: unpack it to a folder, or to a .tar that is not compressed")
-    files, note = sort_out(path)
+    try:
+        files, note = sort_out(path)
+    except DataError:
+        if path.is_dir() and (shards := sorted(path.rglob("*.tar"))):
+            return _of_shards(path, shards, size, skip)
+        raise
     where = {name: (start, length) for name, start, length in places_in_tar(path)} if path.is_file() else {}
     classes, found = tuple(files["train"]), {}
     for split, members in files.items():
@@ -305,9 +320,11 @@ def _of_shards(path: Path, shards: list[Path], size: int, skip: bool):
         if split := next((split for split in ("train", *SECOND_SPLITS) if split in words), None):
             found[split] += [(number, *sample) for sample in _samples(path / name)]
     second = next((split for split in SECOND_SPLITS if split in found), None)
-    if "train" not in found or second is None:
+    filled = [split for split in found if found[split]]
+    if "train" not in filled or second not in filled:
+        told_splits = " and ".join(filled) or "no split"
         raise DataError(
-            f"{path} has shards of {', '.join(found) or 'no split'}: names must tell train and val, like train-0000.tar"
+            f"{path} has shards of {told_splits}: names must tell train and val, like train-0000.tar, with pictures in"
         )
     classes = tuple(str(c) for c in range(1 + max(label for split in ("train", second) for *_, label in found[split])))
     made = {}

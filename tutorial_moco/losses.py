@@ -122,6 +122,9 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 @torch.no_grad()
 def pretext_accuracy(q: Tensor, k: Tensor, negatives: Tensor, exclude: Tensor | None = None) -> float:
     """Share of queries, in percent, whose own key is the most similar of all 1 + K: the task InfoNCE trains for."""
-    logits = contrastive_logits(q, k, negatives, 1.0, exclude)
+    parts = negatives.split(max(1, LOGITS_AT_ONCE // len(q)))
+    excluded = [None] * len(parts) if exclude is None else exclude.split(len(parts[0]), dim=1)
+    logits = (contrastive_logits(q, k, *part) for part in zip(parts, [1.0] * len(parts), excluded, strict=True))
+    own, nearest = zip(*((part[:, 0], part[:, 1:].amax(dim=1)) for part in logits), strict=True)
     # A tie is no success: a collapsed encoder finds all keys equally similar.
-    return 100 * (logits[:, 0] > logits[:, 1:].amax(dim=1)).float().mean().item()
+    return 100 * (own[0] > torch.stack(nearest).amax(dim=0)).float().mean().item()

@@ -249,7 +249,7 @@ class MoCoV3(Mechanism):
     the queries go through one network more, the predictor, which has no slow copy; each view is query once and key once.
 
     The published loss adds both directions and multiplies by 2 * temperature: this one times 4 * temperature, which with SGD
-    only scales the learning rate (and nothing with AdamW or LARS, whose steps do not depend on the length of a gradient).
+    only scales the learning rate, with AdamW hardly that, with LARS that of biases and BatchNorm alone.
     """
 
     def __init__(self, encoder: Encoder, m: float = 0.99):

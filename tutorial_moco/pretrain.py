@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from tutorial_moco.distributed import (
     unsent,
     world,
 )
-from tutorial_moco.encoded import EncodedImages
+from tutorial_moco.encoded import EncodedImages, Making, in_turn
 from tutorial_moco.encoders import Encoder, SplitBatchNorm2d, build_encoder
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1, notebooks_knn_top1
@@ -52,6 +51,7 @@ from tutorial_moco.speed import (
     default_device,
     keep_freed_memory,
     machine_memory,
+    mark,
     peak_memory_bytes,
     products_in,
     reset_peak_memory,
@@ -78,7 +78,7 @@ class Run:
     data_hash: str = ""  # theirs: a run does not go on with others
     step: int = 0
     seconds: float = 0.0  # of training; evaluation is not counted
-    stalled: float = 0.0  # of them in which the encoders waited for images
+    stalled: float = 0.0  # of them in which the encoders waited for images; on a GPU at most so many
     window: list[float] = field(default_factory=list)  # losses since the last point of the curve
     pretext_accuracy: float = 0.0  # of the last step that `is_logged`
     losses: list[dict[str, float]] = field(default_factory=list)  # the curve, a point every LOG_EVERY steps
@@ -153,11 +153,14 @@ def pretrain(
         run = start(recipe, train, device, dtype, compile=compile)
         if out is not None:
             resume(run, out)
-    check_all_agree(run, out)
+    check_all_agree(
+        ("images", "bring the same to each machine", run.data_hash),
+        (f"steps in --out {out}", "name a folder that all machines share", run.step),
+    )
     steps_of_epoch = len(train) // recipe.batch_size
     total = 60 * minutes if minutes else recipe.epochs * steps_of_epoch
     moments = [(i + 1) / monitor for i in range(monitor)] if isinstance(monitor, int) else [e / recipe.epochs for e in monitor]
-    saved, caught = time.monotonic(), 0
+    saved, caught, worked = time.monotonic(), 0, None
     feed = closing(fed(run, train.images))
     with progress_bar(run, total, bool(minutes), progress) as bar, Stop() as stop, feed as feed:
         while True:
@@ -176,8 +179,10 @@ def pretrain(
                 run.mechanism.m = 1 - (1 - recipe.m) * cosine(done)
             start_time = time.perf_counter()
             epoch, index, images = next(feed)
-            run.stalled += time.perf_counter() - start_time
+            if worked is None or worked.query():  # a GPU that is still at the last step does not wait
+                run.stalled += time.perf_counter() - start_time
             loss, contrast = train_step(run, images, index, epoch)
+            worked = mark(device)
             run.window.append(loss)
             if is_logged(run.step):
                 log(run, contrast, steps_of_epoch)
@@ -249,6 +254,8 @@ def find_gradient(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[
         if not math.isfinite(value):
             _refuse(run, f"the loss is {value} at step {run.step + 1}, {_not_finite(contrast, index)}")
         loss.backward()
+    if run.recipe.accumulate > 1:  # a compiled encoder writes the next part's over these
+        contrast = contrast._replace(q=contrast.q.detach().clone(), k=contrast.k.clone())
     return value, contrast, index
 
 
@@ -259,7 +266,7 @@ def joined(parts: list[tuple[float, Contrast, Tensor]]) -> tuple[float, Contrast
     values, contrasts, index = zip(*parts, strict=True)
     q, k, negatives, exclude = zip(*contrasts, strict=True)
     excluded = None if exclude[0] is None else torch.cat(exclude)
-    return sum(values), Contrast(torch.cat(q).detach(), torch.cat(k), negatives[0], excluded), torch.cat(index)
+    return sum(values), Contrast(torch.cat(q), torch.cat(k), negatives[0], excluded), torch.cat(index)
 
 
 class Undo:
@@ -301,20 +308,17 @@ def fed(run: Run, images: Tensor | EncodedImages) -> Iterator[tuple[int, Tensor,
         images = images.to(run.device)
         for epoch, index in batches(n, recipe, run.step, run.device):
             yield epoch, index, images.index_select(0, part(run, index))
-    making: deque = deque()
-    try:
+
+    def begun() -> Iterator[tuple[tuple[int, Tensor], Making]]:
         for step, (epoch, index) in enumerate(batches(n, recipe, run.step, "cpu"), run.step):
             own = part(run, index, step)
             both = own.expand(2, -1)  # queries' images and keys'
             if shuffled(run):
                 both = own.view(recipe.accumulate, 2, -1).transpose(0, 1).flatten(1)
-            making.append((epoch, index, images.crops(both, recipe.augmentation, seed=recipe.seed, epoch=epoch)))
-            if len(making) > AHEAD:
-                epoch, index, made = making.popleft()
-                yield epoch, index.to(run.device), made.wait().to(run.device, non_blocking=True)
-    finally:
-        for *_, made in making:
-            made.cancel()
+            yield (epoch, index), images.crops(both, recipe.augmentation, seed=recipe.seed, epoch=epoch)
+
+    for (epoch, index), crops in in_turn(begun(), AHEAD):
+        yield epoch, index.to(run.device), crops.to(run.device, non_blocking=True)
 
 
 def shuffled(run: Run) -> bool:
@@ -600,16 +604,16 @@ def resume(run: Run, out: Path) -> None:
         print(f"going on from step {run.step:,} in {out}", file=sys.stderr)
 
 
-def check_all_agree(run: Run, out: Path | None) -> None:
+def check_all_agree(*things: tuple[str, str, object]) -> None:
     """Several processes train as one only from the same images and the same step.
+
+    Args:
+        things: of each what it is, how to mend it if others have others, and what this process has.
 
     Raises:
         DataError: on all of them, if any has others.
     """
-    for what, mend, own in (
-        ("images", "bring the same to each machine", run.data_hash),
-        (f"steps in --out {out}", "name a folder that all machines share", run.step),
-    ):
+    for what, mend, own in things:
         found = every(own)
         other = next((r for r, one in enumerate(found) if one != found[0]), None)
         if other is not None:
@@ -661,14 +665,16 @@ def _negatives_of_a_query(contrast: Contrast) -> int:
 def watch(run: Run, train: ImageSet, test: ImageSet) -> None:
     """Add a point to the kNN curve, from some thousands of images so that it costs little.
 
-    On a GPU from all, and also as the official notebook reads it, whose curve it can then be laid beside.
+    On a GPU from all that lie in memory, and also as the official notebook reads it, whose curve it can then be laid beside.
     """
     encoder, on_gpu, data = run.mechanism.encoder, run.device.type == "cuda", []
+    large = isinstance(train.images, EncodedImages)
     for images, most in (train, MONITOR_TRAIN), (test, MONITOR_TEST):
-        few = images if on_gpu else images.take(permutation(len(images), 0)[:most])
+        all_of_them = on_gpu and not large
+        few = images if all_of_them else images.take(permutation(len(images), 0)[:most])
         features = extract_features(encoder.backbone, few.images, dtype=run.dtype)
         data += [features.to(run.device), few.labels.to(run.device)]
-    notebooks = {"knn_top1_notebook": notebooks_knn_top1(encoder.head, *data)} if on_gpu else {}
+    notebooks = {"knn_top1_notebook": notebooks_knn_top1(encoder.head, *data)} if on_gpu and not large else {}
     at = {"step": run.step, "seconds": run.seconds, "images_seen": run.images_seen}
     run.monitor.append(at | {"knn_top1": knn_top1(*data)} | notebooks)
 

@@ -4,11 +4,13 @@ Several learning rates in one pass: the encoder's features, which are nearly all
 """
 
 import hashlib
+import json
 import math
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice, tee
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from tutorial_moco.encoded import EncodedImages, in_turn
 from tutorial_moco.errors import UsageError
 from tutorial_moco.evaluate import extract_features
 from tutorial_moco.images import ImageSet
-from tutorial_moco.pretrain import AHEAD, SAVE_EVERY, batches, check, set_learning_rate
+from tutorial_moco.pretrain import AHEAD, SAVE_EVERY, batches, check, check_all_agree, set_learning_rate
 from tutorial_moco.recipes import Recipe
 from tutorial_moco.speed import autocast
 from tutorial_moco.stopping import Stop
@@ -51,14 +53,15 @@ def probe(
         backbone: images (n, 3, H, W) to features (n, feature_dim), on the device where it is to work; it is not changed.
         recipe: its batch size, epochs, schedule, weight decay, augmentation and seed serve.
         lrs: learning rates. Choose among them on held-out training images.
-        out: folder for ``probe.safetensors``, from which the same call goes on.
+        out: folder for a ``probe-….safetensors``, from which the same call goes on; another has another.
 
     Returns:
         accuracy in percent for each learning rate; nan where the classifier has exploded. Of several processes, each of which
         must call this, all have it.
 
     Raises:
-        UsageError: every classifier has exploded; fewer images than a batch; ``out`` holds another probe.
+        UsageError: every classifier has exploded; fewer images than a batch.
+        DataError: ``out`` cannot be written, or holds a damaged one; processes have other images or other steps.
         KeyboardInterrupt, SystemExit: stopped, after the step at hand is finished and saved.
     """
     check(recipe, len(train), None)
@@ -69,12 +72,18 @@ def probe(
     kept = Kept(out, {"lrs": list(lrs), "recipe": recipe.to_json(), "data_hash": train.hash, "encoder": _digest(backbone)})
     with one_for_all():
         step = kept.load(heads, optimizer)
+        kept.save(heads, optimizer, step)  # what cannot be written is told now
+    check_all_agree(
+        ("images", "bring the same to each machine", train.hash),
+        (f"steps in --out {out}", "name a folder that all machines share", step),
+    )
     total, labels = recipe.epochs * (len(train) // recipe.batch_size), train.labels.to(device)
-    views = islice(viewed(train.images, recipe, len(train), step, device), total - step)
+    views, caught = closing(viewed(train.images, recipe, len(train), step, device)), 0
     hidden = not progress or rank() > 0
     backbone.eval()
-    with tqdm(total=total, initial=step, desc="linear probe", disable=hidden, file=sys.stderr) as bar, Stop() as stop:
-        for index, view in views:
+    bar = tqdm(total=total, initial=step, desc="linear probe", disable=hidden, file=sys.stderr)
+    with bar, Stop() as stop, views as views:
+        for index, view in islice(views, total - step):
             set_learning_rate(optimizer, recipe, step / total)
             for group in optimizer.param_groups:
                 group["lr"] *= group["times"]
@@ -86,14 +95,15 @@ def probe(
             optimizer.step()
             step += 1
             bar.update()
-            stop.tell(*highest(stop.caught or 0, device=device))
-            if stop.caught or kept.is_old():
+            (caught,) = highest(stop.caught or 0, device=device)  # all stop after the same step
+            if kept.is_old():
                 kept.save(heads, optimizer, step)
-            if stop.caught:
+            if caught:
                 break
+        stop.tell(*highest(stop.caught or 0, device=device))
     backbone.train(was_training)
-    stop.obey()
     kept.save(heads, optimizer, step)
+    stop.obey()
     return judged(backbone, heads, lrs, test, dtype)
 
 
@@ -102,14 +112,15 @@ def viewed(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """From this step on: numbers of this process's images of a batch, and a random view of each."""
     augmentation, seed = AUGMENTATIONS[recipe.augmentation][0], recipe.seed
-    here, ahead = tee((epoch, mine(index)) for epoch, index in batches(n, recipe, step, torch.device("cpu")))
+    order = ((epoch, mine(index)) for epoch, index in batches(n, recipe, step, torch.device("cpu")))
     cropped = isinstance(images, EncodedImages)
     if cropped:
-        given = in_turn((images.crops(own[None], recipe.augmentation, seed=seed, epoch=e) for e, own in ahead), AHEAD)
+        begun = ((each, images.crops(each[1][None], recipe.augmentation, seed=seed, epoch=each[0])) for each in order)
+        given = ((each, crops[0]) for each, crops in in_turn(begun, AHEAD))
     else:
-        given = (images[own] for _, own in ahead)
-    for (epoch, own), pixels in zip(here, given, strict=True):
-        index = own.to(device, non_blocking=True)
+        given = ((each, images[each[1]]) for each in order)
+    for (epoch, own), pixels in given:
+        index = own.to(device)
         yield index, random_view(pixels.to(device), index, augmentation, seed=seed, epoch=epoch, view=0, cropped=cropped)
 
 
@@ -129,21 +140,19 @@ def judged(
 
 
 class Kept:
-    """Where the classifiers are saved, and what they are: another encoder's do not go on there."""
+    """Where the classifiers are saved: in a file whose name tells the encoder and the settings, so that others have others."""
 
     def __init__(self, out: Path | None, told: dict[str, object]):
-        self.path, self.told, self.saved = out and out / "probe.safetensors", told, time.monotonic()
+        name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
+        self.path, self.told, self.saved = out and out / f"probe-{name}.safetensors", told, time.monotonic()
 
     def load(self, heads: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Bring them to where they were; returns after how many steps that was."""
         if self.path is None or not self.path.exists():
             return 0
         tensors, state = load_checkpoint(self.path)
-        step = state.pop("step")
-        if state != self.told:
-            raise UsageError(f"{self.path} holds a linear probe of another encoder or other settings: choose another --out")
         unpack(tensors, heads=heads, optimizer=optimizer)
-        return step
+        return state["step"]
 
     def is_old(self) -> bool:
         """Whether it is time to save."""

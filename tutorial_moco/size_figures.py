@@ -93,7 +93,9 @@ def measured(result: dict) -> Figure:
     fig = figure(8.8, 3.2)
     pictures, keys, processes = fig.subplots(1, 3)
     rates = result["pictures"]["pictures_per_second_and_core"]
-    pictures.bar(["torchvision", "ours", "crops\nalone"], list(rates.values()), color=["#999999", COLOURS["moco"], PARTS[4]])
+    names = ["torch-\nvision", "Pillow's\nblur", "ours", "crops\nalone"]
+    pictures.bar(names, list(rates.values()), color=["#777777", "#999999", COLOURS["moco"], PARTS[4]])
+    pictures.tick_params("x", labelsize=7)
     for place, rate in enumerate(rates.values()):
         pictures.text(place, rate, f"{rate:.0f}", ha="center", va="bottom", fontsize=8)
     pictures.set(title="Pictures to two views", ylabel="pictures/s of one core")

@@ -97,6 +97,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """Of a GPU an event that is over when all that it was told so far is done; None of a processor."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement of `peak_memory_bytes`; on Linux also for the process's own memory."""
     if device.type == "cuda":
