@@ -4,12 +4,16 @@ from itertools import islice
 
 import pytest
 import torch
+from PIL import Image
 
 from tutorial_moco import pretrain as training
 from tutorial_moco.augment import AUGMENTATIONS, RecordedViews, two_views
 from tutorial_moco.encoders import SplitBatchNorm2d
+from tutorial_moco.evaluate import knn_top1_at_size
 from tutorial_moco.images import load_images
+from tutorial_moco.probe import SETTINGS, probe
 from tutorial_moco.recipes import Recipe
+from tutorial_moco.shapes import draw_shapes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
 GPU = torch.device("cuda")
@@ -70,9 +74,9 @@ def test_all_parts_at_once_are_part_by_part():
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"symmetric": True}, {"mechanism": "memory_bank", "norm": "batch", "shuffle": False},
+    {}, {"symmetric": True}, {"accumulate": 2}, {"mechanism": "memory_bank", "norm": "batch", "shuffle": False},
     {"mechanism": "end_to_end", "norm": "batch", "shuffle": False}, {"mechanism": "simclr", "norm": "batch", "shuffle": False},
-], ids=["moco", "symmetric", "memory_bank", "end_to_end", "simclr"])  # fmt: skip
+], ids=["moco", "symmetric", "in_parts", "memory_bank", "end_to_end", "simclr"])  # fmt: skip
 def test_a_compiled_run_takes_the_same_steps(changes, images):
     """Kernels that add in another order differ in the last digits, and training multiplies that."""
     recipe = RECIPE.replace(**changes)
@@ -85,3 +89,19 @@ def test_a_gpu_trains_as_the_processor_does(images):
     for epoch, index in islice(training.batches(len(images), RECIPE, 0, run.device), 4):
         expected.append(training.train_step(run, images.images[index], index, epoch)[0])
     assert losses(images, RECIPE, 4) == pytest.approx(expected, rel=5e-3)
+
+
+def test_encoded_pictures_train_as_on_the_processor(tmp_path):
+    for number, pixels in enumerate(draw_shapes(64, seed=0, size=64)[0]):
+        place = tmp_path / "train" / f"class{number % 2}" / f"{number:02}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place)
+    pictures = load_images(tmp_path, "train", view_size=32, progress=False)
+    recipe, found = RECIPE.replace(batch_size=16, norm="batch", shuffle=False, view_size=32, augmentation="v2"), []
+    for device in ("cpu", GPU):
+        run = training.start(recipe, pictures, torch.device(device), torch.float32)
+        steps = islice(training.fed(run, pictures.images), 3)
+        found.append([training.train_step(run, given, index, epoch)[0] for epoch, index, given in steps])
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+    assert knn_top1_at_size(run.mechanism.encoder.backbone, pictures, pictures) >= 0
+    assert len(probe(run.mechanism.encoder.backbone, 64, pictures, pictures, SETTINGS.replace(batch_size=16, epochs=1))) == 1

@@ -219,8 +219,8 @@ def _make(images: EncodedImages, rows: list[int], frames: dict[int, Frame], pixe
 def cut(picture: Image.Image, boxes: list[list[float]], size: int) -> list[np.ndarray]:
     """Parts of a picture, each resized to uint8 (size, size, 3) by torch's antialiased bilinear filter for 8 bits.
 
-    A JPEG is decoded at half, a quarter or an eighth of its size, which costs less, where each part has then still twice as many
-    pixels a side as it is brought to: fewer, and a box that is rounded to them would be felt.
+    A JPEG is decoded at half, a quarter or an eighth of its size, which costs less, where each part then still has twice the
+    pixels a side that it is brought to: of fewer, rounding its box to whole ones would be felt.
     """
     width, height = picture.size
     spare = min(min(right - left, bottom - top) for left, top, right, bottom in boxes) / (2 * size)

@@ -175,10 +175,10 @@ def hosts():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def on_both(hosts, folder, pause=0.0, **how):
+def on_both(hosts, folder, pause=0.0, restarts=0, **how):
     """A training of two processes, one on each host, with a folder that both share; the two torchruns."""
     meet = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "moco",
-            "--rdzv-endpoint", f"{hosts[0][1]}:29411")  # fmt: skip
+            "--rdzv-endpoint", f"{hosts[0][1]}:29411", "--max-restarts", str(restarts))  # fmt: skip
     return [
         torchrun(
             2, "moco", folder, pause, **how,
@@ -194,6 +194,18 @@ def test_two_hosts_train_as_two_processes_of_one_do(hosts, whole, tmp_path, held
         assert ended(run, tmp_path) == 0, (tmp_path / "log").read_text()
     assert {path.read_text() for path in tmp_path.glob("digest-*")} == {whole["moco"]}
     held("the number of processes may change", "two hosts, one process each: the bits of two processes on one", 1, 1)
+
+
+@pytest.mark.skipif(not FULL, reason=LONG)
+def test_two_hosts_start_again_and_end_in_the_same_bits(hosts, whole, tmp_path, held):
+    runs = on_both(hosts, tmp_path, 0.05, restarts=2, silence=5)
+    wait_until(lambda: steps_done(tmp_path) >= 20 and len(processes_of(tmp_path)) == 2, 60)
+    os.kill(processes_of(tmp_path)[1], signal.SIGKILL)
+    for run in runs:
+        assert ended(run, tmp_path, 180) == 0, (tmp_path / "log").read_text()
+    assert {path.read_text() for path in tmp_path.glob("digest-*")} == {whole["moco"]}
+    told = "two hosts, the process of one killed, both started again by --max-restarts; the same bits"
+    held("no process waits for one that is lost", told, 1, 1)
 
 
 @pytest.mark.skipif(not FULL, reason=LONG)
