@@ -59,7 +59,8 @@ def who_has_what(index: Tensor, order: Tensor, W: int) -> Figure:
     for row, (numbers, word) in enumerate(((index, "queries"), (index[order], "keys"))):
         for place, number in enumerate(numbers.tolist()):
             axes.barh(row, 0.9, 0.8, left=place + 0.05 + 0.6 * (place * W // B), color=PARTS[owner[number] % len(PARTS)])
-            axes.text(place + 0.5 + 0.6 * (place * W // B), row, number, ha="center", va="center", fontsize=8, color="white")
+            at = place + 0.5 + 0.6 * (place * W // B)
+            axes.text(at, row, number, ha="center", va="center", fontsize=9, bbox={"facecolor": "white", "pad": 1.5, "lw": 0})
         axes.text(-0.4, row, word, ha="right", va="center", fontsize=9)
     for process in range(W):
         at = (process + 0.5) * B / W + 0.6 * process
@@ -90,7 +91,7 @@ def speed_ups(speed_up: Callable[[int], float], most: int = 256) -> Figure:
 
 def measured(result: dict) -> Figure:
     """What `benchmarks.scale` found: pictures to views, a step against K, and against processes."""
-    fig = figure(8.8, 3.2)
+    fig = figure(9.4, 3.2)
     pictures, keys, processes = fig.subplots(1, 3)
     rates = result["pictures"]["pictures_per_second_and_core"]
     names = ["torch-\nvision", "Pillow's\nblur", "ours", "crops\nalone"]
@@ -106,9 +107,9 @@ def measured(result: dict) -> Figure:
     processes.bar(words, speeds, color=COLOURS["moco"])
     for place, speed in enumerate(speeds):
         processes.text(place, speed, f"{speed:,.0f}", ha="center", va="bottom", fontsize=8)
-    processes.set(title="Processes of one thread, on two cores", ylabel="images/s", xlabel="processes")
+    processes.set(title="Processes, a thread each, on two cores", ylabel="images/s", xlabel="processes")
     for axes in (pictures, keys, processes):
-        axes.title.set_fontsize(9)
+        axes.title.set_fontsize(8.5)
         axes.spines[["top", "right"]].set_visible(False)
     return fig
 
