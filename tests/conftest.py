@@ -74,7 +74,8 @@ def held():
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if os.environ.get("TUTORIAL_MOCO_FAULTS") and exitstatus == 0 and _tried:
+    all_of_them = {promise for promise, _ in _tried} == set(ELSEWHERE)  # a part of the tests writes no page
+    if os.environ.get("TUTORIAL_MOCO_FAULTS") and exitstatus == 0 and all_of_them:
         import torch
         from test_mutants import MUTATIONS
 
