@@ -53,7 +53,7 @@ READ = {  # chapter and section, by the name that a message begins with
     "rate": "09, 1. Three switches",
     "v3_loss": "09, 2. v3 lets the queue go",
     "masked_loss": "09, 3. The last paragraph of the first paper",
-    "hours": "10, 1. Fifty-three hours",
+    "hours": "10, 1. How long?",
     "fixed_bytes": "10, 2. What has to fit",
     "rows_of": "10, 4. Several processes that train as one",
     "shuffled_keys": "10, 4. Several processes that train as one",

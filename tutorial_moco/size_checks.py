@@ -67,7 +67,7 @@ def check_rows(yours: Callable) -> None:
         CheckFailed: names the likely mistake.
     """
     index, W = torch.randperm(24, generator=torch.Generator().manual_seed(0)), 4
-    for r in range(W):
+    for r in (2, 0, 1, 3):  # at 2 every mistake has rows of its own
         found = _called(yours, "rows_of", index, r, W)
         _tensor(found, "rows_of", (6,))
         _diagnose("rows_of", found, index[6 * r : 6 * r + 6], {

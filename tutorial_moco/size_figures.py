@@ -32,8 +32,8 @@ def told_of(result: dict) -> str:
     return f"measured {result['date'][:10]} with commit {result['commit']}, on {result['hardware']}"
 
 
-def memory_bars(settings: dict[str, dict[str, float]]) -> Figure:
-    """Bytes as stacked bars: for each setting its parts, in GiB."""
+def memory_bars(settings: dict[str, dict[str, float]], limit: float) -> Figure:
+    """Bytes as stacked bars: for each setting its parts, in GiB; with a line at what a GPU has."""
     fig = figure(8.4, 0.9 + 0.5 * len(settings))
     axes = fig.add_subplot(xlabel="GiB of one GPU")
     names = list(next(iter(settings.values())))
@@ -43,6 +43,7 @@ def memory_bars(settings: dict[str, dict[str, float]]) -> Figure:
             axes.barh(row, parts[part] / 2**30, 0.6, left=left, color=colour, label=part if row == 0 else None)
             left += parts[part] / 2**30
         axes.text(left, row, f" {left:.1f}", va="center", fontsize=8)
+    axes.axvline(limit, linestyle="--", linewidth=1, color="#444444")
     axes.set_yticks(range(len(settings)), list(settings))
     axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
@@ -78,7 +79,7 @@ def speed_ups(speed_up: Callable[[int], float], most: int = 256) -> Figure:
     gpus = [2**power for power in range(most.bit_length())]
     axes.plot(gpus, gpus, "--", color="#777777", linewidth=1, label="if nothing were sent")
     axes.plot(gpus, [speed_up(W) for W in gpus], "o-", color=COLOURS["moco"], label="with this network")
-    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="times as fast as one", ylim=(0.7, most * 1.3))
+    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="times as fast as one", ylim=(0.3, most * 1.3))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
     axes.set_xticks(gpus, [str(W) for W in gpus], minor=False)
