@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("resource", reason="these faults are made with signals")
 
-from trainings import FULL, RECIPES, STEPS, begin_ranks, finish, processes_of, steps_done, torchrun, wait_until
+from trainings import FULL, RECIPES, STEPS, begin_ranks, end_all, finish, processes_of, steps_done, torchrun, wait_until
 
 from tutorial_moco.checkpoint import load_checkpoint
 
@@ -34,6 +34,12 @@ def finished(W, name, out) -> str:
     assert ended(run, out) == 0, (out / "log").read_text()
     (digest,) = {path.read_text() for path in out.glob("digest-*")}
     return digest
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_left():
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="module")

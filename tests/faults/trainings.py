@@ -1,6 +1,8 @@
 """A short training to be killed, stopped and started again: in a process of its own that starts quickly, or by torchrun."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from tutorial_moco.recipes import Recipe
 
 FULL = bool(os.environ.get("TUTORIAL_MOCO_FAULTS"))  # the full counts
 STEPS = 60
+STARTED: list[tuple[subprocess.Popen, Path]] = []  # by `torchrun`
 RECIPES = {
     name: Recipe(
         mechanism=name, encoder="tiny", dim=8, K=20, m=0.9, shuffle=name == "moco", batch_size=16, epochs=STEPS // 4, lr=0.05
@@ -56,7 +59,20 @@ def torchrun(W: int, name: str, out: Path, pause: float = 0.0, *, silence: float
     where = how or ("--standalone", "--nproc-per-node", str(W))
     words = [*inside, sys.executable, "-m", "torch.distributed.run", *where, __file__, name, str(out), str(pause)]
     with open(out / "log", "a") as log:
-        return subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+        run = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+    STARTED.append((run, out))
+    return run
+
+
+def end_all() -> None:
+    """Kill what `torchrun` has started and a test that failed has left, frozen ones too."""
+    while STARTED:
+        run, out = STARTED.pop()
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            for process in processes_of(out):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
 
 
 def processes_of(out: Path) -> list[int]:
