@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 import tarfile
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ import tutorial_moco
 from tutorial_moco import cli, compare
 from tutorial_moco.images import load_images
 from tutorial_moco.pretrain import pretrain
+from tutorial_moco.provenance import provenance
 from tutorial_moco.recipes import RECIPES, Recipe
 
 SMALL = ["--encoder", "tiny", "--dim", "8", "--K", "16", "--batch-size", "16", "--precision", "float32"]
@@ -359,3 +361,10 @@ def test_an_interruption_ends_with_status_130_and_one_line(monkeypatch):
 
     monkeypatch.setitem(cli.COMMANDS, "data", (cli.Data, interrupted))
     assert_one_line(call("data"), 130, "interrupted")
+
+
+def test_a_results_command_names_no_folder_of_the_machine(monkeypatch):
+    words = ["/somewhere/bin/tutorial-moco", "pretrain", "--data", "/somewhere/else/pictures.tar", "--out", "runs/mine"]
+    monkeypatch.setattr(sys, "argv", words)
+    facts = provenance(load_images("digits", "test"), torch.device("cpu"))
+    assert facts["command"] == "tutorial-moco pretrain --data pictures.tar --out runs/mine"

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from PIL import Image
+from drawn import as_pictures, write_two_classes
 from ranks import hash_of, random_images, some_steps, together
 
 from tutorial_moco import cli, compare, distributed
@@ -57,11 +57,7 @@ def test_processes_hold_the_same_bits_and_train_as_one_does(name, W, held):
 
 @pytest.mark.parametrize("changes", [{}, {"shuffle": True}, {"accumulate": 2}])
 def test_processes_train_as_one_does_on_pictures_that_stay_encoded(changes, tmp_path):
-    for number, pixels in enumerate(random_images().images):
-        place = tmp_path / "train" / f"class{number % 2}" / f"{number:02}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place)
-    images = load_images(tmp_path, "train", view_size=16)
+    images = load_images(write_two_classes(tmp_path, as_pictures(random_images().images)), "train", view_size=16)
     recipe, steps = BASE.replace(view_size=16, batch_size=8, **changes), 2 * (len(images) // 8)
     (alone,) = together(1, some_steps, recipe.replace(norm="split:2"), steps, False, images)
     ranks = together(2, some_steps, recipe, steps, False, images)

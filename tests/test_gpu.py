@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
-from PIL import Image
+from drawn import as_pictures, write_two_classes
 
 from tutorial_moco import pretrain as training
 from tutorial_moco.augment import AUGMENTATIONS, RecordedViews, two_views
@@ -92,10 +92,7 @@ def test_a_gpu_trains_as_the_processor_does(images):
 
 
 def test_encoded_pictures_train_as_on_the_processor(tmp_path):
-    for number, pixels in enumerate(draw_shapes(64, seed=0, size=64)[0]):
-        place = tmp_path / "train" / f"class{number % 2}" / f"{number:02}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place)
+    write_two_classes(tmp_path, as_pictures(draw_shapes(64, seed=0, size=64)[0]))
     pictures = load_images(tmp_path, "train", view_size=32, progress=False)
     recipe, found = RECIPE.replace(batch_size=16, norm="batch", shuffle=False, view_size=32, augmentation="v2"), []
     for device in ("cpu", GPU):

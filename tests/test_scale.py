@@ -3,22 +3,16 @@
 import json
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
+from drawn import random_pictures, write_two_classes
 
 from benchmarks import scale
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    root, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for number in range(12):
-        folder = root / "train" / "ab"[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8))
-        small.resize((400, 300)).save(folder / f"{number}.jpg")
-    return root
+    large = (small.resize((400, 300)) for small in random_pictures(12, 30, 40))
+    return write_two_classes(tmp_path_factory.mktemp("pictures"), large, "jpg")
 
 
 def run(monkeypatch, *words):

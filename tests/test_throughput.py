@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from drawn import random_pictures, write_two_classes
 
 from benchmarks import throughput
 from benchmarks.throughput import ratios, verdict
@@ -20,12 +19,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """96 random images of two classes."""
-    root, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for number in range(96):
-        folder = root / "train" / "ab"[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    return root
+    return write_two_classes(tmp_path_factory.mktemp("pictures"), random_pictures(96, 32, 32))
 
 
 def run(pictures, *flags, **environment):

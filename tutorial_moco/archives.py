@@ -17,6 +17,7 @@ import tarfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tutorial_moco.errors import DataError
@@ -32,8 +33,15 @@ Source = Path | io.BytesIO | None  # where Pillow finds a file's bytes; None for
 def files_of(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Source]]:
     """Name and source of every file in a folder or archive, in its own order; bytes are read of `wanted` files only."""
     walk = _folder_files if path.is_dir() else _zip_files if path.name.lower().endswith(".zip") else _tar_files
-    try:
+    with _told(path):
         yield from walk(path, wanted)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What goes wrong while a folder or an archive is walked becomes a line with the mend."""
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:  # on damaged bytes the parsers of the standard library raise almost anything
@@ -74,15 +82,11 @@ def _tar_files(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Sourc
 
 def places_in_tar(path: Path) -> Iterator[tuple[str, int, int]]:
     """Of each file in a .tar that is not compressed its name, its first byte and how many it has."""
-    try:
+    with _told(path):
         for _, info in _tar_members(path):
             if info.issparse():
                 raise DataError(f"{path} is refused: its member {info.name!r} has holes, pack it anew")
             yield info.name, info.offset_data, info.size
-    except (OSError, tarfile.TarError, ValueError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} is truncated or damaged: {error or type(error).__name__}; fetch it again") from error
 
 
 def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:

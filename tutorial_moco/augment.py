@@ -60,14 +60,14 @@ AUGMENTATIONS: dict[str, tuple[Augmentation, Augmentation]] = {
         Augmentation(**{**_V3.__dict__, "crop_scale": (0.2, 1.0), "blur": 1.0}),
         Augmentation(**{**_V3.__dict__, "crop_scale": (0.2, 1.0), "blur": 0.1, "solarize": 0.2}),
     ),
-    "simclr": (Augmentation(crop_scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), blur=0.5),)
-    * 2,  # arXiv 2002.05709, appendix A
+    # SimCLR (arXiv 2002.05709), appendix A
+    "simclr": (Augmentation(crop_scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), blur=0.5),) * 2,
     "cifar": (Augmentation(crop_scale=(0.08, 1.0)),) * 2,  # the official CIFAR-10 notebook: no blur at 32 pixels
     "small": (Augmentation(jitter=(0.2, 0.2, 0.2, 0.05)),) * 2,  # what short runs of a small encoder learn fastest from
     # Every hue and, half the time, none: on drawn shapes colour is the shortcut, and whole outlines are what is left.
     "shapes": (Augmentation(crop_scale=(0.5, 1.0), jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grayscale=0.5),) * 2,
-    "probe": (Augmentation((0.08, 1.0), (3 / 4, 4 / 3), jitter_p=0.0, grayscale=0.0),)
-    * 2,  # of labels, as usual: crop and mirror
+    # As labels are usually trained with: crop and mirror.
+    "probe": (Augmentation(crop_scale=(0.08, 1.0), jitter_p=0.0, grayscale=0.0),) * 2,
     "none": (Augmentation((1.0, 1.0), (1.0, 1.0), (0.0, 0.0, 0.0, 0.0), 0.0, 0.0, flip=0.0),) * 2,
 }
 

@@ -19,7 +19,7 @@ import tyro
 from tutorial_moco import __version__
 from tutorial_moco.errors import BadPicture, DataError, LostProcess, UsageError
 from tutorial_moco.files import write_whole
-from tutorial_moco.recipes import RECIPES, Recipe
+from tutorial_moco.recipes import RECIPES, Recipe, flag
 
 HELP = f"""tutorial-moco {__version__}: learn Momentum Contrast by building it.
 
@@ -291,10 +291,7 @@ def run_evaluate(flags: Evaluate) -> dict:
 
 def run_transfer(flags: Transfer) -> dict:
     """Starts, data, and the task."""
-    for name in ("seeds", "epochs", "batch_size", "lr", "image_size"):
-        value = getattr(flags, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    must_be_above_0(flags, "seeds", "epochs", "batch_size", "lr", "image_size")
     if not flags.labels or not all(0 < share <= 1 for share in flags.labels):
         raise UsageError(f"--labels must be shares in (0, 1], not {' '.join(map(str, flags.labels))}")
     if flags.frozen and flags.task == "classify":
@@ -372,13 +369,18 @@ def tell_cost(flags: Doctor) -> dict:
     """Of a recipe."""
     from tutorial_moco.cost import told
 
-    for name in ("images", "images_per_second"):
-        value = getattr(flags, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    must_be_above_0(flags, "images", "images_per_second")
     lines = told(flags.recipe, flags.settings, flags.gpus, flags.images, flags.images_per_second)
     print("\n".join(lines))
     return {"recipe": flags.recipe, "gpus": flags.gpus, "lines": lines}
+
+
+def must_be_above_0(flags: object, *names: str) -> None:
+    """Flags that are numbers, or left out."""
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"{flag(name)} must be above 0, not {value}")
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def compare(
         large, backbone = isinstance(train.images, EncodedImages), run.mechanism.encoder.backbone
         if large:  # the linear classifier is a training of its own
             accuracy = {"knn_top1": knn_top1_at_size(backbone, train, test, dtype=run.dtype)}
-            shown = few_of(train, SHOWN_OF_MANY), few_of(test, TSNE_IMAGES)
+            shown = train.few(SHOWN_OF_MANY), test.few(TSNE_IMAGES)
         features[recipe.mechanism] = features_of(run, *shown)
         if rank():
             continue
@@ -151,11 +151,6 @@ def _bad(images: ImageSet) -> int:
     for theirs in every(images.images.bad):
         images.images.bad.update(theirs)
     return len(images.images.bad)
-
-
-def few_of(images: ImageSet, n: int) -> ImageSet:
-    """At most n of the images, the same each time."""
-    return images.take(permutation(len(images), 0)[:n])
 
 
 def evaluate_checkpoint(

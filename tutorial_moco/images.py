@@ -42,6 +42,7 @@ from tutorial_moco.archives import ARCHIVES, Source, files_of, sort_out
 from tutorial_moco.encoded import EncodedImages, catalogue, landmarks
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.pictures import rgb, told, upright
+from tutorial_moco.randomness import permutation
 from tutorial_moco.speed import machine_memory
 
 DOWNLOADS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # the classes in torchvision.datasets
@@ -86,6 +87,10 @@ class ImageSet:
         images, labels = self.images[index], self.labels[index]
         factors = {name: factor[index] for name, factor in self.factors.items()}
         return replace(self, images=images, labels=labels, factors=factors, hash=_hash(images, labels))
+
+    def few(self, n: int) -> ImageSet:
+        """At most n of them, from all over the set, the same each time."""
+        return self.take(permutation(len(self), 0)[:n])
 
 
 def load_images(

@@ -31,11 +31,20 @@ def contrastive_logits(q: Tensor, k: Tensor, negatives: Tensor, temperature: flo
         float32 (N, 1 + K).
     """
     q = q.float() / temperature  # here, where it costs N x C divisions and not N x (1 + K)
-    positive = (q * k).sum(dim=1, keepdim=True)
-    others = q @ negatives.T
-    if exclude is not None:
-        others = others.masked_fill(exclude, -torch.inf)
-    return torch.cat([positive, others], dim=1)
+    return torch.cat([(q * k).sum(dim=1, keepdim=True), _others(q, negatives, exclude)], dim=1)
+
+
+def _others(q: Tensor, negatives: Tensor, exclude: Tensor | None) -> Tensor:
+    """q.k of the negatives, (N, K); of one that is excluded -inf."""
+    logits = q @ negatives.T
+    return logits if exclude is None else logits.masked_fill(exclude, -torch.inf)
+
+
+def _parts(q: Tensor, negatives: Tensor, exclude: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """The negatives, and who is excluded of them, in parts of at most ``LOGITS_AT_ONCE`` logits."""
+    at_once = max(1, LOGITS_AT_ONCE // len(q))
+    parts = negatives.split(at_once)
+    return list(zip(parts, [None] * len(parts) if exclude is None else exclude.split(at_once, dim=1), strict=True))
 
 
 def info_nce(q: Tensor, k: Tensor, negatives: Tensor, temperature: float, exclude: Tensor | None = None) -> Tensor:
@@ -49,22 +58,20 @@ def info_nce(q: Tensor, k: Tensor, negatives: Tensor, temperature: float, exclud
     >>> info_nce(q, q, negatives=torch.eye(4)[2:], temperature=1.0)  # log(1 + 2 / e)
     tensor(0.5514)
     """
-    K_at_once = max(1, LOGITS_AT_ONCE // len(q))
-    if len(negatives) <= K_at_once:
+    parts = _parts(q, negatives, exclude)
+    if len(parts) == 1:
         logits = contrastive_logits(q, k, negatives, temperature, exclude)
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
     q = q.float() / temperature
-    positive, parts = (q * k).sum(dim=1), negatives.split(K_at_once)
-    excluded = [None] * len(parts) if exclude is None else exclude.split(K_at_once, dim=1)
+    positive = (q * k).sum(dim=1)
     how = {"use_reentrant": False, "preserve_rng_state": False}  # the newer kind; nothing is drawn
-    sums = [checkpoint(_log_sum_exp, q, *part, **how) for part in zip(parts, excluded, strict=True)]
+    sums = [checkpoint(_log_sum_exp, q, *part, **how) for part in parts]
     return (torch.logsumexp(torch.stack([positive, *sums]), dim=0) - positive).mean()
 
 
 def _log_sum_exp(q: Tensor, negatives: Tensor, exclude: Tensor | None) -> Tensor:
     """log of the sum of exp(q.k) over negatives that are not excluded, (N,); of none -inf."""
-    logits = q @ negatives.T
-    return torch.logsumexp(logits if exclude is None else logits.masked_fill(exclude, -torch.inf), dim=1)
+    return torch.logsumexp(_others(q, negatives, exclude), dim=1)
 
 
 def nce(
@@ -122,9 +129,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 @torch.no_grad()
 def pretext_accuracy(q: Tensor, k: Tensor, negatives: Tensor, exclude: Tensor | None = None) -> float:
     """Share of queries, in percent, whose own key is the most similar of all 1 + K: the task InfoNCE trains for."""
-    parts = negatives.split(max(1, LOGITS_AT_ONCE // len(q)))
-    excluded = [None] * len(parts) if exclude is None else exclude.split(len(parts[0]), dim=1)
-    logits = (contrastive_logits(q, k, *part) for part in zip(parts, [1.0] * len(parts), excluded, strict=True))
-    own, nearest = zip(*((part[:, 0], part[:, 1:].amax(dim=1)) for part in logits), strict=True)
+    q = q.float()
+    nearest = torch.stack([_others(q, *part).amax(dim=1) for part in _parts(q, negatives, exclude)]).amax(dim=0)
     # A tie is no success: a collapsed encoder finds all keys equally similar.
-    return 100 * (own[0] > torch.stack(nearest).amax(dim=0)).float().mean().item()
+    return 100 * ((q * k).sum(dim=1) > nearest).float().mean().item()

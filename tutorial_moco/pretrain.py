@@ -667,14 +667,13 @@ def watch(run: Run, train: ImageSet, test: ImageSet) -> None:
 
     On a GPU from all that lie in memory, and also as the official notebook reads it, whose curve it can then be laid beside.
     """
-    encoder, on_gpu, data = run.mechanism.encoder, run.device.type == "cuda", []
-    large = isinstance(train.images, EncodedImages)
+    encoder, data = run.mechanism.encoder, []
+    all_of_them = run.device.type == "cuda" and not isinstance(train.images, EncodedImages)
     for images, most in (train, MONITOR_TRAIN), (test, MONITOR_TEST):
-        all_of_them = on_gpu and not large
-        few = images if all_of_them else images.take(permutation(len(images), 0)[:most])
+        few = images if all_of_them else images.few(most)
         features = extract_features(encoder.backbone, few.images, dtype=run.dtype)
         data += [features.to(run.device), few.labels.to(run.device)]
-    notebooks = {"knn_top1_notebook": notebooks_knn_top1(encoder.head, *data)} if on_gpu and not large else {}
+    notebooks = {"knn_top1_notebook": notebooks_knn_top1(encoder.head, *data)} if all_of_them else {}
     at = {"step": run.step, "seconds": run.seconds, "images_seen": run.images_seen}
     run.monitor.append(at | {"knn_top1": knn_top1(*data)} | notebooks)
 

@@ -1,6 +1,7 @@
 """Where a number comes from: what every result of this package carries beside its figures."""
 
 import datetime
+import os
 import platform
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ def provenance(data: ImageSet, device: torch.device) -> dict[str, object]:
     return {
         "version": tutorial_moco.__version__,
         "commit": git_commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(_without_folders(sys.argv)),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "hardware": hardware(device),
         "torch": torch.__version__,
@@ -26,6 +27,11 @@ def provenance(data: ImageSet, device: torch.device) -> dict[str, object]:
         "data_hash": data.hash,
         **({"skipped": skipped} if (skipped := _skipped(data)) else {}),
     }
+
+
+def _without_folders(words: list[str]) -> list[str]:
+    """A command whose absolute paths are names alone: the folders of a machine are nobody else's."""
+    return [Path(word).name if os.path.isabs(word) else word for word in [Path(words[0]).name, *words[1:]]]
 
 
 def _skipped(data) -> list[str]:
