@@ -2,14 +2,12 @@
 sliders show what they are given."""
 
 import itertools
-import math
 import random
-import time
-from statistics import median
 
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import in_time
 from test_mechanisms import CPU, random_images, tiny_run
 from test_mechanisms import two_views as random_views
 
@@ -24,7 +22,6 @@ from tutorial_moco.mechanisms import Contrast, EndToEnd, MemoryBank, MoCo, SimCL
 from tutorial_moco.report import png
 
 FOUR, FIVE = "04_moco.ipynb", "05_three_mechanisms.ipynb"
-BUDGET = 0.15  # seconds for a move of a slider
 
 
 @pytest.fixture(scope="module")
@@ -309,10 +306,4 @@ def test_the_sliders_answer_in_time():
         lambda b=b, k=k, n=n: mechanism_figures.memory_against_K(k, b, n)
         for b in (32, 64, 128, 256, 512, 1024) for k in (1e6, 1e8) for n in (50_000, 1_281_167)
     ]  # fmt: skip
-    seconds = []
-    for draw in states:
-        start = time.process_time()
-        assert len(png(draw(), 100)) > 5_000
-        seconds.append(time.process_time() - start)
-    assert median(seconds) < BUDGET, f"{1000 * median(seconds):.0f} ms"
-    assert math.isfinite(max(seconds))
+    assert all(len(drawn) > 5_000 for drawn in in_time([lambda draw=draw: png(draw(), 100) for draw in states]))

@@ -1,10 +1,15 @@
 """Being stopped: a first Ctrl-C or SIGTERM lets the step at hand be finished and saved, a second one ends at once."""
 
 import contextlib
+import math
 import signal
 import threading
 import time
 from types import FrameType
+
+import torch
+
+from tutorial_moco.distributed import highest, world
 
 AT_ONCE = 1.0  # seconds: torchrun passes on the Ctrl-C that its processes have had from the terminal, too
 
@@ -22,8 +27,10 @@ class Stop(contextlib.AbstractContextManager):
         self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM) if here}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         self._restore()
+        if kind is None and self.caught is not None:  # it came after `obey` had asked
+            signal.raise_signal(self.caught)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -40,15 +47,25 @@ class Stop(contextlib.AbstractContextManager):
     def tell(self, number: float) -> None:
         """Of a signal that another process has caught; 0 is none."""
         if number and self.caught is None:
-            self.caught = signal.Signals(int(number))
+            self.caught, self._when = signal.Signals(int(number)), time.monotonic()
 
-    def obey(self) -> None:
-        """End as the signal asked, if one was caught, once all is saved.
+    def obey(self, device: torch.device) -> None:
+        """End as the signal asked, if any process has caught one; to be called by all once all is saved, before leaving.
+
+        Of several processes none ends before all are here: as soon as one has ended, torchrun signals the others, and would
+        end the one that is still saving. From here on they take no notice of that.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C; a notebook's kernel goes on. SystemExit: after SIGTERM, with status 143.
         """
+        self._when = math.inf  # no further signal is a second one
+        self.tell(*highest(self.caught or 0, device=device))
+        if self.caught is None:
+            return
+        if world() > 1:
+            for number in self._before:
+                signal.signal(number, signal.SIG_IGN)
+            self._before = {}
         if self.caught == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.caught is not None:
-            raise SystemExit(128 + self.caught)
+        raise SystemExit(128 + self.caught)

@@ -80,6 +80,11 @@ MUTATIONS = [
         "if done >= 1 or caught:", "if done >= 1:", f"{STOPS}::test_stopped_a_run_saves_the_step_it_was_at_and_loses_none",
     ),
     Mutation(
+        "stopped, no step is lost", "a process ends before the others have saved", "stopping.py",
+        "        self.tell(*highest(self.caught or 0, device=device))\n", "",
+        "tests/faults/test_processes.py::test_stopped_all_processes_end_after_the_same_step_and_none_is_lost[15-rank 1]",
+    ),
+    Mutation(
         "stopped, no step is lost", "Jupyter's interrupt is not caught", "stopping.py",
         "for number in (signal.SIGINT, signal.SIGTERM) if here", "for number in (signal.SIGTERM,) if here",
         "tests/faults/test_jupyter.py",

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # torchrun runs this file as
 
 from ranks import hash_of, random_images, start
 
-from tutorial_moco import cli, distributed
+from tutorial_moco import cli, distributed, stopping
 from tutorial_moco import pretrain as training
 from tutorial_moco.recipes import Recipe
 
@@ -48,16 +48,16 @@ def finish(name: str, out: Path, W: int = 1) -> str:
     return digest
 
 
-def torchrun(W: int, name: str, out: Path, pause: float = 0.0, *, silence: float = 60, how=(), inside=()):
+def torchrun(W: int, name: str, out: Path, pause: float = 0.0, *, saving: float = 0.0, silence: float = 60, how=(), inside=()):
     """The same by torchrun, as W processes; what all say is in out/log.
 
     Args:
-        how: torchrun's own flags. inside: words of a command that runs it.
+        saving: seconds that a save takes longer. how: torchrun's own flags. inside: words of a command that runs it.
     """
     out.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TUTORIAL_MOCO_SILENCE": str(silence)}
     where = how or ("--standalone", "--nproc-per-node", str(W))
-    words = [*inside, sys.executable, "-m", "torch.distributed.run", *where, __file__, name, str(out), str(pause)]
+    words = [*inside, sys.executable, "-m", "torch.distributed.run", *where, __file__, name, str(out), str(pause), str(saving)]
     with open(out / "log", "a") as log:
         run = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
     STARTED.append((run, out))
@@ -102,10 +102,11 @@ def _train(name: str, out: Path, pause: float) -> None:
         train(name, out, pause)
 
 
-def train(name: str, out: Path, pause: float) -> None:
-    """The training, with a pause after each step, and its digest."""
+def train(name: str, out: Path, pause: float, saving: float = 0.0) -> None:
+    """The training, with a pause after each step and before each save, and its digest."""
     torch.set_num_threads(1)
     step, told_in = training.train_step, f"steps-{distributed.rank()}"
+    save = training.save_checkpoint
 
     def told(run, *rest):
         found = step(run, *rest)
@@ -116,7 +117,13 @@ def train(name: str, out: Path, pause: float) -> None:
         time.sleep(pause)
         return found
 
-    training.train_step = told
+    def slowly(*what, **how):
+        time.sleep(saving)
+        save(*what, **how)
+
+    training.train_step, training.save_checkpoint = told, slowly
+    if saving:
+        stopping.AT_ONCE = 0.1  # so that a signal of torchrun's during the save would end it
     run = training.pretrain(
         RECIPES[name], random_images(side=8), random_images(20, side=8), monitor=8, out=out, device=torch.device("cpu"),
         dtype=torch.float32, progress=False,
@@ -132,7 +139,7 @@ def main() -> int:
 
     def work() -> None:
         with cli.joined("pretrain"):
-            train(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
+            train(sys.argv[1], Path(sys.argv[2]), *map(float, sys.argv[3:]))
 
     return cli.exit_status("tutorial-moco", work, "goes on from the last checkpoint")
 
