@@ -25,8 +25,8 @@ def images():
     return load_images("shapes", "train").take(slice(512))
 
 
-def losses(images, recipe: Recipe, steps: int, **how) -> list[float]:
-    run, found = training.start(recipe, images, GPU, torch.float32, **how), []
+def losses(images, recipe: Recipe, steps: int, dtype: torch.dtype = torch.float32, **how) -> list[float]:
+    run, found = training.start(recipe, images, GPU, dtype, **how), []
     on_gpu = images.images.to(GPU)
     for epoch, index in islice(training.batches(len(images), recipe, 0, GPU), steps):
         found.append(training.train_step(run, on_gpu[index], index, epoch)[0])
@@ -89,6 +89,10 @@ def test_a_gpu_trains_as_the_processor_does(images):
     for epoch, index in islice(training.batches(len(images), RECIPE, 0, run.device), 4):
         expected.append(training.train_step(run, images.images[index], index, epoch)[0])
     assert losses(images, RECIPE, 4) == pytest.approx(expected, rel=5e-3)
+
+
+def test_float16_takes_the_steps_of_float32(images):
+    assert losses(images, RECIPE, 4, torch.float16) == pytest.approx(losses(images, RECIPE, 4), rel=0.02)
 
 
 def test_encoded_pictures_train_as_on_the_processor(tmp_path):

@@ -536,6 +536,61 @@ def test_what_is_not_finite_in_the_last_part_changes_nothing():
     assert all(p.grad is None for p in run.mechanism.parameters())
 
 
+# ---- float16
+
+
+def step_of(run, images):
+    epoch, index = next(training.batches(len(images), run.recipe, run.step, CPU))
+    return training.train_step(run, images.images[index], index, epoch)[0]
+
+
+def with_scale(scale):
+    """A run in float16 whose loss is multiplied by this at first."""
+    run = training.start(BASE, random_images(), CPU, torch.float16)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return run
+
+
+def test_float16_takes_the_steps_of_float32():
+    runs = training.start(BASE, random_images(), CPU, torch.float32), with_scale(2.0**8)
+    exact, rounded = ([step_of(run, random_images()) for _ in range(8)] for run in runs)
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
+
+
+def test_float16_goes_on_as_if_nothing_had_happened_with_the_scale_of_its_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "grad_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3))
+    whole = train(BASE, dtype=torch.float16)
+    again = {"dtype": torch.float16, "test": random_images(20, seed=1), "monitor": 8, "out": tmp_path}
+    with monkeypatch.context() as patch:
+        crash_at(patch, 5)
+        with pytest.raises(Crash):
+            train(BASE, **again)
+    resumed = train(BASE, **again)
+    assert resumed.step == whole.step == 8
+    assert_equal_bit_by_bit(resumed, whole)
+    assert resumed.scaler.state_dict() == whole.scaler.state_dict()
+    assert whole.scaler.get_scale() == 32  # doubled after steps 3 and 6
+
+
+def test_a_float16_gradient_too_large_leaves_the_step_out_and_halves_the_scale():
+    run, other = with_scale(2.0**127), training.start(BASE, random_images(), CPU, torch.float16)
+    step_of(run, random_images())
+    assert torch.equal(*(torch.cat([p.flatten() for p in r.mechanism.encoder.parameters()]) for r in (run, other)))
+    assert run.scaler.get_scale() == 2.0**126
+    assert run.step == 1
+    assert run.mechanism.pointer == 16  # its keys are keys
+
+
+def test_a_float16_gradient_that_is_never_finite_ends_the_run_before_the_queue_is_written():
+    run = with_scale(1.0)
+    next(run.mechanism.encoder.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    before = {name: tensor.clone() for name, tensor in tensors_of(run).items()}
+    with pytest.raises(UsageError, match="the gradient is not finite at step 1"):
+        step_of(run, random_images())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(run).items())
+
+
 def test_m_rises_to_1_along_a_cosine():
     seen = []
 

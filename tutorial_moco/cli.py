@@ -73,8 +73,8 @@ class RunFlags(DataFlags):
     """Folder for checkpoint, result and report; runs/... if left out. The same command again goes on from there."""
     monitor: int = 5
     """How many times the quick kNN is taken during training."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the encoders; auto measures which is faster here."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the encoders; auto measures which of the first two is faster here. float16 is for GPUs before Ampere."""
     compile: bool = False
     """Let torch.compile write the encoders' kernels: about a minute once, then faster steps on a GPU."""
     settings: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=Recipe)

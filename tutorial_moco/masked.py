@@ -118,7 +118,7 @@ def pretrain_masked(
         with speed.autocast(device, dtype):
             return net.loss(view, order)
 
-    losses, seconds = descend(net, recipe, len(train), loss_of, title="masked", progress=progress)
+    losses, seconds = descend(net, recipe, len(train), loss_of, dtype=dtype, title="masked", progress=progress)
     seen = losses[-1]["images_seen"]
     return encoder, net, {
         "steps": len(losses), "images_seen": seen, "train_seconds": round(seconds, 2),

@@ -49,6 +49,7 @@ from tutorial_moco.speed import (
     autocast,
     choose_precision,
     default_device,
+    grad_scaler,
     keep_freed_memory,
     machine_memory,
     mark,
@@ -88,6 +89,9 @@ class Run:
     views: Callable[..., tuple[Tensor, Tensor]] = two_views
     replica: nn.Module | None = None  # of several processes: the mechanism, with gradients averaged over all
     undo: "Undo | None" = None
+
+    def __post_init__(self) -> None:
+        self.scaler = grad_scaler(self.device, self.dtype)
 
     @property
     def images_seen(self) -> int:
@@ -223,11 +227,14 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
     with unsent(run.replica):
         found = [find_gradient(run, *part, epoch) for part in first]
     value, contrast, index = joined([*found, find_gradient(run, *last, epoch)])
-    if not images.is_cuda:  # to read it there would be a second wait in a step; the next loss will show it
+    if not images.is_cuda and not run.scaler.is_enabled():  # on a GPU a second wait in a step; the next loss will show it
         norm = get_total_norm([p.grad for p in mechanism.parameters() if p.grad is not None]).item()
         if not math.isfinite(norm):
             _refuse(run, f"the gradient's length is {norm} at step {run.step + 1}, where the loss is {value:.3g}")
-    run.optimizer.step()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.scaler.is_enabled() and run.scaler.get_scale() < 1:  # halved at each step that was left out
+        _refuse(run, f"the gradient is not finite at step {run.step + 1}, nor was it at those before")
     if is_logged(run.step + 1):  # before the queue is written: it is what contrast.negatives looks at
         (run.pretext_accuracy,) = mean(pretext_accuracy(*contrast), device=images.device)
     mechanism.update_key_encoder()
@@ -254,7 +261,7 @@ def find_gradient(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[
         (value,) = mean(loss, device=images.device)
         if not math.isfinite(value):
             _refuse(run, f"the loss is {value} at step {run.step + 1}, {_not_finite(contrast, index)}")
-        loss.backward()
+        run.scaler.scale(loss).backward()
     if run.recipe.accumulate > 1:  # a compiled encoder writes the next part's over these
         contrast = contrast._replace(q=contrast.q.detach().clone(), k=contrast.k.clone())
     return value, contrast, index
@@ -379,13 +386,20 @@ def loss_of(run: Run, contrast: Contrast) -> Tensor:
 
 
 def descend(
-    net: nn.Module, recipe: Recipe, n: int, loss_of: Callable[[int, Tensor], Tensor], *, title: str, progress: bool
+    net: nn.Module,
+    recipe: Recipe,
+    n: int,
+    loss_of: Callable[[int, Tensor], Tensor],
+    *,
+    dtype: torch.dtype,
+    title: str,
+    progress: bool,
 ) -> tuple[list[dict[str, float]], float]:
     """The loop without a dictionary, for labels and for painting: the recipe's batches, optimizer and schedule.
 
     Args:
         net: on the device where it is to be trained. n: images.
-        loss_of: of an epoch and the numbers (B,) of a batch's images, a scalar.
+        loss_of: of an epoch and the numbers (B,) of a batch's images, a scalar; its layers are computed in ``dtype``.
 
     Returns:
         A point of the loss curve for each step, and seconds of training.
@@ -395,6 +409,7 @@ def descend(
     """
     keep_freed_memory()
     device, optimizer = next(net.parameters()).device, build_optimizer(recipe, net)
+    scaler = grad_scaler(device, dtype)
     total, curve, began = recipe.epochs * (n // recipe.batch_size), [], time.perf_counter()
     steps = islice(batches(n, recipe, 0, device), total)
     for step, (epoch, index) in enumerate(tqdm(steps, title, total, disable=not progress, file=sys.stderr), 1):
@@ -404,8 +419,9 @@ def descend(
         if not math.isfinite(value):
             raise UsageError(f"the loss is {value} at step {step}: try a lower --lr")
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         curve.append({"step": step, "images_seen": step * recipe.batch_size, "loss": value})
     return curve, time.perf_counter() - began
 
@@ -551,7 +567,7 @@ def save_run(run: Run, out: Path) -> None:
     state = {
         "recipe": run.recipe.to_json(), "dtype": str(run.dtype).removeprefix("torch."), "step": run.step,
         "seconds": run.seconds, "window": run.window, "losses": run.losses, "monitor": run.monitor,
-        "data_hash": run.data_hash, "stalled": run.stalled,
+        "data_hash": run.data_hash, "stalled": run.stalled, "scaler": run.scaler.state_dict(),
         "peak_memory_bytes": max(run.peak_memory_bytes, peak_memory_bytes(run.device)),
     }  # fmt: skip
     tensors = pack(mechanism=run.mechanism, optimizer=run.optimizer)
@@ -598,6 +614,8 @@ def resume(run: Run, out: Path) -> None:
         raise UsageError(f"--out {out} holds a run on other images: choose another --out")
     unpack(tensors, mechanism=run.mechanism, optimizer=run.optimizer)
     run.dtype = getattr(torch, state["dtype"])
+    run.scaler = grad_scaler(run.device, run.dtype)
+    run.scaler.load_state_dict(state.get("scaler", {}))
     run.stalled = state.get("stalled", 0.0)
     for name in ("step", "seconds", "window", "losses", "monitor", "peak_memory_bytes"):
         setattr(run, name, state[name])

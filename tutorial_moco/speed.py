@@ -41,6 +41,11 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype)
 
 
+def grad_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """For a loss whose small gradients float16 would round to 0; of the other formats, which reach as far as float32, idle."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
 @contextlib.contextmanager
 def products_in(dtype: torch.dtype):
     """Context in which float32 products may round their factors to bfloat16 if that is ``dtype``, and else are exact.

@@ -55,7 +55,7 @@ def train_classifier(
                 logits = net(view)
         return F.cross_entropy(logits.float(), labels[index])
 
-    return descend(net, recipe, len(train), loss_of, title="labels", progress=progress)
+    return descend(net, recipe, len(train), loss_of, dtype=dtype, title="labels", progress=progress)
 
 
 def top1(net: nn.Module, test: ImageSet, dtype: torch.dtype) -> float:

@@ -87,7 +87,9 @@ def label_curves(rows: Sequence[dict], field: str, colours: dict[str, str], titl
 
 
 def worth(rows: Sequence[dict]) -> Figure:
-    """What each start was worth, a panel for each task: the seeds as dots, their mean with its 95 % interval as a bar.
+    """What each start was worth, a panel for each task: the seeds as ticks, their mean as a dot; of three and more its 95 % interval.
+
+    Of two seeds that interval is six times as wide as they are apart on either side: the ticks say more.
 
     Args:
         rows: of one source, as ``python -m benchmarks.transfer`` writes them.
@@ -106,7 +108,7 @@ def worth(rows: Sequence[dict]) -> Figure:
             if values:
                 mean, half = mean_and_interval(values)
                 axes.plot(values, [place] * len(values), "|", color=COLOURS[name], markersize=9, alpha=0.6)
-                axes.errorbar(mean, place, xerr=0 if np.isnan(half) else half, fmt="o", capsize=3, color=COLOURS[name])
+                axes.errorbar(mean, place, xerr=half if len(values) > 2 else 0, fmt="o", capsize=3, color=COLOURS[name])
                 axes.annotate(f"{mean:.1f}", (mean, place), (0, 6), textcoords="offset points", fontsize=7.5, ha="center")
         axes.set_title(title, fontsize=9)
         axes.margins(x=0.25)
