@@ -92,7 +92,9 @@ def test_a_gpu_trains_as_the_processor_does(images):
 
 
 def test_float16_takes_the_steps_of_float32(images):
-    assert losses(images, RECIPE, 4, torch.float16) == pytest.approx(losses(images, RECIPE, 4), rel=0.02)
+    assert losses(images, RECIPE, 4, torch.float16) == pytest.approx(
+        losses(images, RECIPE, 4), rel=2e-3
+    )  # 5e-3 if no step were taken
 
 
 def test_encoded_pictures_train_as_on_the_processor(tmp_path):

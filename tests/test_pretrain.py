@@ -5,6 +5,7 @@ import hashlib
 import math
 import platform
 import time
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from unittest import mock
@@ -22,6 +23,7 @@ from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.images import ImageSet
 from tutorial_moco.losses import pretext_accuracy
 from tutorial_moco.recipes import RECIPES, Recipe
+from tutorial_moco.supervised import classifier, train_classifier
 
 CPU = torch.device("cpu")
 BASE = Recipe(encoder="tiny", dim=8, K=20, m=0.9, batch_size=16, epochs=2, lr=0.05)
@@ -584,11 +586,28 @@ def test_a_float16_gradient_too_large_leaves_the_step_out_and_halves_the_scale()
 
 def test_a_float16_gradient_that_is_never_finite_ends_the_run_before_the_queue_is_written():
     run = with_scale(1.0)
-    next(run.mechanism.encoder.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    spoiled = next(run.mechanism.encoder.parameters()).register_hook(lambda gradient: gradient * math.inf)
     before = {name: tensor.clone() for name, tensor in tensors_of(run).items()}
-    with pytest.raises(UsageError, match="the gradient is not finite at step 1"):
+    with pytest.raises(UsageError, match=r"the gradient is not finite at step 1.*: try --precision float32"):
         step_of(run, random_images())
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(run).items())
+    spoiled.remove()
+    step_of(run, random_images())
+    assert run.step == 1
+
+
+def test_float16_trains_with_labels_and_a_gradient_that_is_never_finite_ends_it():
+    images, encoder = random_images(), training.start(BASE, random_images(), CPU).mechanism.encoder
+    net = classifier(encoder.backbone, encoder.feature_dim, 2)
+    exact, rounded = (
+        [point["loss"] for point in train_classifier(deepcopy(net), BASE, images, dtype)[0]]
+        for dtype in (torch.float32, torch.float16)
+    )
+    assert rounded == pytest.approx(exact, rel=0.05)
+    assert len(set(rounded)) == len(rounded)
+    net[-1].weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(UsageError, match="the gradient is not finite at step 17: try --precision float32"):
+        train_classifier(net, BASE.replace(epochs=10), images, torch.float16)
 
 
 def test_m_rises_to_1_along_a_cosine():

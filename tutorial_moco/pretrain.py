@@ -61,6 +61,7 @@ from tutorial_moco.speed import (
 from tutorial_moco.stopping import Stop
 
 STEPS = (0.6, 0.8)  # of the training, where the paper's schedule takes a tenth: epochs 120 and 160 of 200
+UNSCALED = ("--precision float32", "a lower --lr")  # mends where float16 does not reach
 SAVE_EVERY = 600  # seconds, beside the saves at each reading of the kNN
 AHEAD = 3  # batches of encoded images that are made beside the one in use
 LOG_EVERY = 10  # steps between two points of the loss curve
@@ -195,14 +196,11 @@ def pretrain(
                 spent, caught = highest(spent, stop.caught or 0, device=device)  # all processes stop after the same step
                 run.seconds += spent
                 show(bar, run, spent if minutes else 1)
-        stop.tell(*highest(stop.caught or 0, device=device))
         synchronize(device)
         run.peak_memory_bytes = max(run.peak_memory_bytes, peak_memory_bytes(device))
         if out is not None:
             save_run(run, out)
-            if stop.caught and not rank():
-                print(f"\n{stop.caught.name}: step {run.step:,} is done and saved in {out}", file=sys.stderr)
-        stop.obey(device)
+        stop.obey(device, f"step {run.step:,} is done and saved in {out}" if out else "")
     return run
 
 
@@ -217,7 +215,8 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
         The loss, the mean over the batch, and what it was made of.
 
     Raises:
-        UsageError: the loss or its gradient is not finite; all that the run holds is as it was before the step.
+        UsageError: the loss or its gradient is not finite; all that the run holds is as it was before the step. (A gradient
+            that is so once in float16 is left out.)
     """
     mechanism = run.mechanism
     if run.undo:
@@ -231,10 +230,8 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
         norm = get_total_norm([p.grad for p in mechanism.parameters() if p.grad is not None]).item()
         if not math.isfinite(norm):
             _refuse(run, f"the gradient's length is {norm} at step {run.step + 1}, where the loss is {value:.3g}")
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    if run.scaler.is_enabled() and run.scaler.get_scale() < 1:  # halved at each step that was left out
-        _refuse(run, f"the gradient is not finite at step {run.step + 1}, nor was it at those before")
+    if not take_step(run.scaler, run.optimizer):
+        _refuse(run, f"the gradient is not finite at step {run.step + 1}, however little the loss is scaled", *UNSCALED)
     if is_logged(run.step + 1):  # before the queue is written: it is what contrast.negatives looks at
         (run.pretext_accuracy,) = mean(pretext_accuracy(*contrast), device=images.device)
     mechanism.update_key_encoder()
@@ -298,12 +295,26 @@ class Undo:
                 torch._foreach_copy_(then, now)  # a call for all: on a GPU each costs more than its work
 
 
-def _refuse(run: Run, what: str) -> NoReturn:
+def take_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """The optimizer's step. In float16 one whose gradient overflows is left out, and the loss is scaled by half as much then.
+
+    Returns:
+        False if it was left out though the loss is hardly scaled any more; the scale stays as it was.
+    """
+    scaler.step(optimizer)
+    scaler.update()
+    if not scaler.is_enabled() or (scale := scaler.get_scale()) >= 1:
+        return True
+    scaler.update(2 * scale)
+    return False
+
+
+def _refuse(run: Run, what: str, *mends: str) -> NoReturn:
     """End a step of which nothing has been written but the statistics."""
     if run.undo:
         run.undo.restore()
     run.optimizer.zero_grad()
-    raise UsageError(f"{what}: try a lower --lr or a higher --temperature")
+    raise UsageError(f"{what}: try {' or '.join(mends or ('a lower --lr', 'a higher --temperature'))}")
 
 
 def fed(run: Run, images: Tensor | EncodedImages) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -420,8 +431,8 @@ def descend(
             raise UsageError(f"the loss is {value} at step {step}: try a lower --lr")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        if not take_step(scaler, optimizer):
+            raise UsageError(f"the gradient is not finite at step {step}: try {' or '.join(UNSCALED)}")
         curve.append({"step": step, "images_seen": step * recipe.batch_size, "loss": value})
     return curve, time.perf_counter() - began
 
@@ -615,7 +626,8 @@ def resume(run: Run, out: Path) -> None:
     unpack(tensors, mechanism=run.mechanism, optimizer=run.optimizer)
     run.dtype = getattr(torch, state["dtype"])
     run.scaler = grad_scaler(run.device, run.dtype)
-    run.scaler.load_state_dict(state.get("scaler", {}))
+    if state.get("scaler"):
+        run.scaler.load_state_dict(state["scaler"])
     run.stalled = state.get("stalled", 0.0)
     for name in ("step", "seconds", "window", "losses", "monitor", "peak_memory_bytes"):
         setattr(run, name, state[name])

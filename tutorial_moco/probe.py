@@ -101,7 +101,6 @@ def probe(
                     kept.save(heads, optimizer, step)
                 if caught:
                     break
-        stop.tell(*highest(stop.caught or 0, device=device))
         backbone.train(was_training)
         kept.save(heads, optimizer, step)
         stop.obey(device)

@@ -3,13 +3,14 @@
 import contextlib
 import math
 import signal
+import sys
 import threading
 import time
 from types import FrameType
 
 import torch
 
-from tutorial_moco.distributed import highest, world
+from tutorial_moco.distributed import highest, rank, world
 
 AT_ONCE = 1.0  # seconds: torchrun passes on the Ctrl-C that its processes have had from the terminal, too
 
@@ -44,24 +45,25 @@ class Stop(contextlib.AbstractContextManager):
             self._restore()
             signal.raise_signal(number)
 
-    def tell(self, number: float) -> None:
-        """Of a signal that another process has caught; 0 is none."""
-        if number and self.caught is None:
-            self.caught, self._when = signal.Signals(int(number)), time.monotonic()
-
-    def obey(self, device: torch.device) -> None:
+    def obey(self, device: torch.device, saved: str = "") -> None:
         """End as the signal asked, if any process has caught one; to be called by all once all is saved, before leaving.
 
         Of several processes none ends before all are here: as soon as one has ended, torchrun signals the others, and would
-        end the one that is still saving. From here on they take no notice of that.
+        end the one that is still saving. From here on they take no notice of signals, for good: they are about to end.
+
+        Args:
+            saved: what the first process is to say then.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C; a notebook's kernel goes on. SystemExit: after SIGTERM, with status 143.
         """
         self._when = math.inf  # no further signal is a second one
-        self.tell(*highest(self.caught or 0, device=device))
-        if self.caught is None:
+        (caught,) = highest(self.caught or 0, device=device)
+        if not caught:
             return
+        self.caught = signal.Signals(int(caught))
+        if saved and not rank():
+            print(f"\n{self.caught.name}: {saved}", file=sys.stderr)
         if world() > 1:
             for number in self._before:
                 signal.signal(number, signal.SIG_IGN)

@@ -63,7 +63,7 @@ def segmentations(
 
 
 def label_curves(rows: Sequence[dict], field: str, colours: dict[str, str], titles: dict[str, str], level: float) -> Figure:
-    """Accuracy in percent against the number of labels, a line for each start, with the spread over seeds.
+    """Accuracy in percent against the number of labels, a line for each start, of three seeds with their intervals.
 
     Args:
         rows: with ``start``, ``labels`` and the field. colours, titles: of each start. level: accuracy of guessing.
@@ -73,11 +73,8 @@ def label_curves(rows: Sequence[dict], field: str, colours: dict[str, str], titl
     for start in dict.fromkeys(row["start"] for row in rows):
         own = [row for row in rows if row["start"] == start and row.get(field) is not None]
         numbers = sorted({row["labels"] for row in own})
-        points = [mean_and_interval([row[field] for row in own if row["labels"] == number]) for number in numbers]
-        spread = np.nan_to_num([half for _, half in points])
-        axes.errorbar(
-            numbers, [mean for mean, _ in points], spread, marker="o", capsize=3, color=colours[start], label=titles[start]
-        )
+        points = [_mean_and_bar([row[field] for row in own if row["labels"] == number]) for number in numbers]
+        axes.errorbar(numbers, *zip(*points, strict=True), marker="o", capsize=3, color=colours[start], label=titles[start])
     axes.set(xscale="log", xlim=(0.7 * min(row["labels"] for row in rows), 1.4 * max(row["labels"] for row in rows)))
     axes.axhline(level, linestyle="--", linewidth=1, color="#444444")
     axes.text(0.99, level, "chance", fontsize=8, ha="right", va="bottom", transform=axes.get_yaxis_transform())
@@ -87,9 +84,7 @@ def label_curves(rows: Sequence[dict], field: str, colours: dict[str, str], titl
 
 
 def worth(rows: Sequence[dict]) -> Figure:
-    """What each start was worth, a panel for each task: the seeds as ticks, their mean as a dot; of three and more its 95 % interval.
-
-    Of two seeds that interval is six times as wide as they are apart on either side: the ticks say more.
+    """What each start was worth, a panel for each task: the seeds as ticks, their mean as a dot, of three with its interval.
 
     Args:
         rows: of one source, as ``python -m benchmarks.transfer`` writes them.
@@ -106,9 +101,9 @@ def worth(rows: Sequence[dict]) -> Figure:
         for place, name in enumerate(starts):
             values = [row[field] for row in rows if keep(row) and row["start"] == name and field in row]
             if values:
-                mean, half = mean_and_interval(values)
+                mean, bar = _mean_and_bar(values)
                 axes.plot(values, [place] * len(values), "|", color=COLOURS[name], markersize=9, alpha=0.6)
-                axes.errorbar(mean, place, xerr=half if len(values) > 2 else 0, fmt="o", capsize=3, color=COLOURS[name])
+                axes.errorbar(mean, place, xerr=bar, fmt="o", capsize=3, color=COLOURS[name])
                 axes.annotate(f"{mean:.1f}", (mean, place), (0, 6), textcoords="offset points", fontsize=7.5, ha="center")
         axes.set_title(title, fontsize=9)
         axes.margins(x=0.25)
@@ -118,6 +113,12 @@ def worth(rows: Sequence[dict]) -> Figure:
     grid[0, 0].set_ylim(len(starts) - 0.5, -0.7)
     fig.supxlabel("percent of the test images, AP or mIoU", fontsize=9)
     return fig
+
+
+def _mean_and_bar(values: Sequence[float]) -> tuple[float, float]:
+    """And half the width of its 95 % interval, of three or more: that of two is six times as wide as they are apart."""
+    mean, half = mean_and_interval(values)
+    return mean, half if len(values) > 2 else 0.0
 
 
 def _classified(how: str, share: float, task: str = "classify") -> Callable[[dict], bool]:

@@ -81,8 +81,8 @@ MUTATIONS = [
     ),
     Mutation(
         "stopped, no step is lost", "a process ends before the others have saved", "stopping.py",
-        "        self.tell(*highest(self.caught or 0, device=device))\n", "",
-        "tests/faults/test_processes.py::test_stopped_all_processes_end_after_the_same_step_and_none_is_lost[15-rank 1]",
+        "(caught,) = highest(self.caught or 0, device=device)", "caught = self.caught",
+        "tests/faults/test_processes.py::test_stopped_all_processes_end_after_the_same_step_and_none_is_lost[SIGTERM-rank 1]",
     ),
     Mutation(
         "stopped, no step is lost", "Jupyter's interrupt is not caught", "stopping.py",

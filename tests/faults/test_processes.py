@@ -59,10 +59,10 @@ def begun(out, at, pause=0.05, **how):
 @pytest.mark.parametrize(
     ("number", "whom"),
     [(signal.SIGTERM, "rank 1"), *([(signal.SIGTERM, "torchrun"), (signal.SIGINT, "all, as Ctrl-C does")] if FULL else [])],
+    ids=lambda one: getattr(one, "name", one),
 )
 def test_stopped_all_processes_end_after_the_same_step_and_none_is_lost(number, whom, whole, tmp_path, held):
-    # It is the first process that saves: torchrun must not end it before that is done, since the other one has ended.
-    run = begun(tmp_path, 5, saving=1.5 if whom == "rank 1" else 0.0)
+    run = begun(tmp_path, 5, saving=1.0 if whom == "rank 1" else 0.0)
     began = time.monotonic()
     if whom == "rank 1":
         os.kill(processes_of(tmp_path)[1], number)
@@ -77,6 +77,8 @@ def test_stopped_all_processes_end_after_the_same_step_and_none_is_lost(number, 
     assert said.count(f"{number.name}: step {done} is done and saved") == 1
     if whom == "rank 1":
         assert said.count("exitcode  : 143") == 2, said
+        saved, left = (os.stat(tmp_path / name).st_mtime for name in ("checkpoint.safetensors", "ended-1"))
+        assert saved < left  # as soon as one has ended, torchrun ends the others: none while the first one saves
     assert load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == done
     assert finished(2, "moco", tmp_path) == whole["moco"]
     assert (tmp_path / "log").read_text().count(f"going on from step {done}") == 1

@@ -6,13 +6,14 @@ import signal
 import time
 
 import pytest
+import torch
 
 pytest.importorskip("resource", reason="these faults are made with signals")
 
 from trainings import FULL, RECIPES, STEPS, begin, finish, steps_done, wait_until
 
 from tutorial_moco.checkpoint import load_checkpoint
-from tutorial_moco.stopping import AT_ONCE
+from tutorial_moco.stopping import AT_ONCE, Stop
 
 KILLS = 17 if FULL else 3  # of each mechanism
 
@@ -57,6 +58,12 @@ def test_stopped_a_run_saves_the_step_it_was_at_and_loses_none(number, whole, tm
     assert finish("moco", tmp_path) == whole["moco"]
     assert f"going on from step {done}" in (tmp_path / "log").read_text()
     held("stopped, no step is lost", f"{number.name} in the middle of a run; the same bits at its end", 1, 1)
+
+
+def test_a_signal_that_comes_after_obeying_is_not_lost():
+    with pytest.raises(KeyboardInterrupt), Stop() as stop:  # noqa: PT012 - the signal, too, has to come within
+        stop.obey(torch.device("cpu"))
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_second_signal_ends_at_once(tmp_path):

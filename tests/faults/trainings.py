@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # torchrun runs this file as
 
 from ranks import hash_of, random_images, start
 
-from tutorial_moco import cli, distributed, stopping
+from tutorial_moco import cli, distributed
 from tutorial_moco import pretrain as training
 from tutorial_moco.recipes import Recipe
 
@@ -122,8 +122,6 @@ def train(name: str, out: Path, pause: float, saving: float = 0.0) -> None:
         save(*what, **how)
 
     training.train_step, training.save_checkpoint = told, slowly
-    if saving:
-        stopping.AT_ONCE = 0.1  # so that a signal of torchrun's during the save would end it
     run = training.pretrain(
         RECIPES[name], random_images(side=8), random_images(20, side=8), monitor=8, out=out, device=torch.device("cpu"),
         dtype=torch.float32, progress=False,
@@ -141,7 +139,10 @@ def main() -> int:
         with cli.joined("pretrain"):
             train(sys.argv[1], Path(sys.argv[2]), *map(float, sys.argv[3:]))
 
-    return cli.exit_status("tutorial-moco", work, "goes on from the last checkpoint")
+    try:
+        return cli.exit_status("tutorial-moco", work, "goes on from the last checkpoint")
+    finally:
+        (Path(sys.argv[2]) / f"ended-{os.environ['RANK']}").touch()
 
 
 if __name__ == "__main__":
