@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
@@ -19,25 +20,36 @@ SURE = 0.5  # answers below this score are not drawn
 COLOURS = MECHANISMS | {"supervised": SUPERVISED}
 TITLES = NAMES | {"supervised": "with labels", "untrained": "fresh weights"}
 STARTS = ("untrained", "memory_bank", "end_to_end", "moco", "supervised")
+_POINT = {"marker": "o", "linestyle": "none", "markeredgecolor": "black", "markersize": 4.5}
 _BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
 
 
 def detections(
-    images: Sequence[Tensor], targets: Sequence[dict], answers: dict[str, Sequence[dict]], classes: tuple[str, ...]
+    images: Sequence[Tensor],
+    targets: Sequence[dict],
+    answers: dict[str, Sequence[dict]],
+    classes: tuple[str, ...],
+    points: Sequence[str] = (),
 ) -> Figure:
     """A column for each image: above what is there, below what each detector says, surer than a half.
 
     Args:
         images: uint8 (3, H, W). targets: what is there. answers: by the name of the start. classes: without the ground.
+        points: names of the keypoints, for a legend; then only the part of an image with objects is shown, for they lie close.
     """
     rows = {"what is there": targets, **answers}
-    fig = figure(1.5 * len(images) + 0.3, 1.6 * len(rows))
+    fig = figure(1.5 * len(images) + 0.3, 1.6 * len(rows) + 0.4 * bool(points))
     grid = fig.subplots(len(rows), len(images), squeeze=False)
     for line, (name, found) in zip(grid, rows.items(), strict=True):
-        for axes, image, objects in zip(line, images, found, strict=True):
+        for axes, image, objects, target in zip(line, images, found, targets, strict=True):
             _show(axes, image)
             _draw_objects(axes, objects, classes)
+            if points:
+                _look_at(axes, target["boxes"])
         line[0].set_ylabel(name, fontsize=9)
+    if points:
+        marks = [Line2D([], [], color=_colour(number), **_POINT) for number in range(1, len(points) + 1)]
+        fig.legend(marks, points, loc="outside lower center", ncols=3, fontsize=8)
     return fig
 
 
@@ -138,7 +150,7 @@ PANELS = (
     ("digits, linear, 10 %", _classified("linear", 0.1, "digits"), "linear_top1"),
     ("digits, fine-tuned, 10 %", _classified("fine_tuned", 0.1, "digits"), "fine_tuned_top1"),
     ("detection, box AP", _task("detect"), "ap_boxes"),
-    ("segments, mask AP", _task("detect"), "ap_masks"),
+    ("instance masks, AP", _task("detect"), "ap_masks"),
     ("keypoint AP", _task("keypoints"), "ap_keypoints"),
     ("semantic, mIoU", _task("segment"), "miou"),
 )
@@ -159,14 +171,21 @@ def _draw_objects(axes: Axes, objects: dict[str, Tensor], classes: tuple[str, ..
         colour = _colour(label)
         axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4))
         words = classes[label - 1] + ("" if scores is None else f" {100 * scores[i]:.0f}")
-        axes.text(x0, max(y0 - 2, 4), words, fontsize=6, color=colour, bbox=_BACKED)
+        axes.text(x0, max(y0 - 2, 4), words, fontsize=6, color=colour, bbox=_BACKED, clip_on=True)
         if "masks" in objects:
             mask = objects["masks"][i].reshape(objects["masks"].shape[-2:]).numpy() >= 0.5
             axes.imshow(np.dstack([np.broadcast_to(to_rgb(colour), (*mask.shape, 3)), 0.45 * mask]))
         if "keypoints" in objects:
-            points = objects["keypoints"][i]
-            points = points[points[:, 2] > 0]
-            axes.plot(points[:, 0] - 0.5, points[:, 1] - 0.5, "o", color="white", markeredgecolor="black", markersize=3.5)
+            for number, (x, y, seen) in enumerate(objects["keypoints"][i].tolist(), 1):
+                if seen > 0:
+                    axes.plot(x - 0.5, y - 0.5, color=_colour(number), **_POINT)
+
+
+def _look_at(axes: Axes, boxes: Tensor) -> None:
+    """The square around these boxes."""
+    low, high = boxes[:, :2].amin(dim=0), boxes[:, 2:].amax(dim=0)
+    (x, y), half = ((low + high) / 2).tolist(), (high - low).max().item() / 2 + 6
+    axes.set(xlim=(x - half, x + half), ylim=(y + half, y - half))
 
 
 def _painted(semantic: Tensor) -> np.ndarray:
