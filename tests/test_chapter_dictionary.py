@@ -181,10 +181,10 @@ def test_a_slider_is_drawn_in_time_over_its_whole_range(name, draw, queue_book, 
     book = {QUEUE: queue_book, MOMENTUM: momentum_book}[name]
     controls, state = sliders_of(name, book)[draw]
     moves = [(control, value) for control, values in controls.items() for value in values]
-    pictures = in_time([lambda move=move: png(book[draw](**{**state, **dict([move])}), DPI) for move in moves])
+    drawn = in_time([lambda c=c, value=value: png(book[draw](**{**state, c: value}), DPI) for c, value in moves])
+    pictures = dict(zip(moves, drawn, strict=True))
     for control, values in controls.items():
-        of_it = {picture for (name, _), picture in zip(moves, pictures, strict=True) if name == control}
-        assert len(of_it) == len(values)  # each move shows
+        assert len({pictures[control, value] for value in values}) == len(values)  # each move shows
 
 
 def test_the_live_run_shows_a_picture_at_once_and_then_moves(momentum_book):

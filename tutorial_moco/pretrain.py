@@ -167,35 +167,35 @@ def pretrain(
     moments = [(i + 1) / monitor for i in range(monitor)] if isinstance(monitor, int) else [e / recipe.epochs for e in monitor]
     saved, caught, worked = time.monotonic(), 0, None
     feed = closing(fed(run, train.images))
-    with Stop() as stop:
-        with progress_bar(run, total, bool(minutes), progress) as bar, feed as feed:
-            while True:
-                done = (run.seconds if minutes else run.step) / total
-                if test is not None and len(run.monitor) < sum(done > moment - 1e-9 for moment in moments):
-                    watch(run, train, test)
-                    saved = -math.inf
-                    (caught,) = highest(stop.caught or 0, device=device)
-                if out is not None and time.monotonic() - saved > SAVE_EVERY:
-                    save_run(run, out)
-                    saved = time.monotonic()
-                if done >= 1 or caught:
-                    break
-                set_learning_rate(run.optimizer, recipe, done)
-                if recipe.m_rises:
-                    run.mechanism.m = 1 - (1 - recipe.m) * cosine(done)
-                start_time = time.perf_counter()
-                epoch, index, images = next(feed)
-                if worked is None or worked.query():  # a GPU that is still at the last step does not wait
-                    run.stalled += time.perf_counter() - start_time
-                loss, contrast = train_step(run, images, index, epoch)
-                worked = mark(device)
-                run.window.append(loss)
-                if is_logged(run.step):
-                    log(run, contrast, steps_of_epoch)
-                spent = time.perf_counter() - start_time  # on a GPU up to the loss: the rest of a step runs into the next
-                spent, caught = highest(spent, stop.caught or 0, device=device)  # all processes stop after the same step
-                run.seconds += spent
-                show(bar, run, spent if minutes else 1)
+    with Stop() as stop, progress_bar(run, total, bool(minutes), progress) as bar, feed as feed:
+        while True:
+            done = (run.seconds if minutes else run.step) / total
+            if test is not None and len(run.monitor) < sum(done > moment - 1e-9 for moment in moments):
+                watch(run, train, test)
+                saved = -math.inf
+                (caught,) = highest(stop.caught or 0, device=device)
+            if out is not None and time.monotonic() - saved > SAVE_EVERY:
+                save_run(run, out)
+                saved = time.monotonic()
+            if done >= 1 or caught:
+                break
+            set_learning_rate(run.optimizer, recipe, done)
+            if recipe.m_rises:
+                run.mechanism.m = 1 - (1 - recipe.m) * cosine(done)
+            start_time = time.perf_counter()
+            epoch, index, images = next(feed)
+            if worked is None or worked.query():  # a GPU that is still at the last step does not wait
+                run.stalled += time.perf_counter() - start_time
+            loss, contrast = train_step(run, images, index, epoch)
+            worked = mark(device)
+            run.window.append(loss)
+            if is_logged(run.step):
+                log(run, contrast, steps_of_epoch)
+            spent = time.perf_counter() - start_time  # on a GPU up to the loss: the rest of a step runs into the next
+            spent, caught = highest(spent, stop.caught or 0, device=device)  # all processes stop after the same step
+            run.seconds += spent
+            show(bar, run, spent if minutes else 1)
+        bar.close()  # a line may be said below it
         synchronize(device)
         run.peak_memory_bytes = max(run.peak_memory_bytes, peak_memory_bytes(device))
         if out is not None:

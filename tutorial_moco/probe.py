@@ -82,25 +82,24 @@ def probe(
     hidden = not progress or rank() > 0
     backbone.eval()
     bar = tqdm(total=total, initial=step, desc="linear probe", disable=hidden, file=sys.stderr)
-    with Stop() as stop:
-        with bar, views as views:
-            for index, view in islice(views, total - step):
-                set_learning_rate(optimizer, recipe, step / total)
-                for group in optimizer.param_groups:
-                    group["lr"] *= group["times"]
-                with torch.no_grad(), autocast(device, dtype):
-                    features = backbone(view).float()
-                optimizer.zero_grad()
-                sum(F.cross_entropy(head(features), labels[index]) for head in heads).backward()  # no head knows of another
-                average_([p.grad for p in heads.parameters()])
-                optimizer.step()
-                step += 1
-                bar.update()
-                (caught,) = highest(stop.caught or 0, device=device)  # all stop after the same step
-                if kept.is_old():
-                    kept.save(heads, optimizer, step)
-                if caught:
-                    break
+    with Stop() as stop, bar, views as views:
+        for index, view in islice(views, total - step):
+            set_learning_rate(optimizer, recipe, step / total)
+            for group in optimizer.param_groups:
+                group["lr"] *= group["times"]
+            with torch.no_grad(), autocast(device, dtype):
+                features = backbone(view).float()
+            optimizer.zero_grad()
+            sum(F.cross_entropy(head(features), labels[index]) for head in heads).backward()  # no head knows of another
+            average_([p.grad for p in heads.parameters()])
+            optimizer.step()
+            step += 1
+            bar.update()
+            (caught,) = highest(stop.caught or 0, device=device)  # all stop after the same step
+            if kept.is_old():
+                kept.save(heads, optimizer, step)
+            if caught:
+                break
         backbone.train(was_training)
         kept.save(heads, optimizer, step)
         stop.obey(device)
