@@ -23,7 +23,6 @@ demo: $(VENV)/ready-demo
 test: $(VENV)/ready-test lint
 	$(BIN)/python -m pytest
 	$(OFFLINE) $(BIN)/python tests/solved.py build/solved
-	$(OFFLINE) $(BIN)/python -m pytest --nbval build/solved
 
 faults: $(VENV)/ready-test
 	TUTORIAL_MOCO_FAULTS=1 $(BIN)/python -m pytest tests/faults tests/test_distributed.py tests/test_images.py tests/test_encoded.py
