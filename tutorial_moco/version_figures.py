@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -13,6 +14,7 @@ from tutorial_moco.masked import MaskedAutoencoder
 from tutorial_moco.results import mean_and_interval, values
 
 GAP = 2  # white pixels between the images of a sheet
+LINEAR, KNN = ("D", True), ("o", False)  # the mark of an accuracy, and whether it is filled
 # The v2 paper's Table 1 (arXiv 2003.04297): ImageNet, ResNet-50, linear accuracy after 200 epochs, the last after 800.
 V2_TABLE = {
     "v1": 60.6, "+ MLP head": 66.2, "+ augmentation": 63.4, "+ both": 67.3, "+ cosine (v2)": 67.5, "v2, 4 times as long": 71.1,
@@ -33,7 +35,7 @@ def v2_setting(row: dict, epochs: int) -> str | None:
 
 def v2_table(rows: Sequence[dict]) -> Figure:
     """The switches from v1 to v2, one at a time: the paper's accuracies, and linear (filled) and kNN (hollow) here."""
-    fig = figure(8.4, 3.2)
+    fig = figure(8.4, 3.5)
     there, here = fig.subplots(1, 2, sharey=True)
     names, epochs = list(V2_TABLE), min(row["epochs"] for row in rows)
     there.plot(list(V2_TABLE.values()), range(len(names)), "D", color=COLOURS["moco"])
@@ -46,6 +48,7 @@ def v2_table(rows: Sequence[dict]) -> Figure:
     there.set_ylim(len(names) - 0.5, -0.7)
     for axes in (there, here):
         _dressed(axes)
+    _tell(fig, COLOURS["moco"], linear=LINEAR, kNN=KNN)
     return fig
 
 
@@ -63,7 +66,7 @@ KIN: dict[str, Callable[[dict], bool]] = {
 
 def kin(rows: Sequence[dict]) -> Figure:
     """MoCo v2 beside its kin, and the transformers: linear (filled) and kNN (hollow)."""
-    fig = figure(7.2, 3.4)
+    fig = figure(7.2, 3.7)
     axes = fig.add_subplot(xlabel="linear and kNN accuracy (%)")
     epochs = min(row["epochs"] for row in rows)
     rows = [row for row in rows if row["epochs"] == epochs]  # without v2's long training
@@ -72,6 +75,7 @@ def kin(rows: Sequence[dict]) -> Figure:
     axes.set_yticks(range(len(KIN)), list(KIN))
     axes.set_ylim(len(KIN) - 0.5, -0.7)
     _dressed(axes)
+    _tell(fig, "#444444", linear=LINEAR, kNN=KNN)
     return fig
 
 
@@ -85,7 +89,7 @@ def trade_off(rows: Sequence[dict]) -> Figure:
         rows: of the transfer study, ``task`` classify, ``encoder`` a transformer.
     """
     shares = sorted({row["share"] for row in rows})
-    fig = figure(8.4, 2.4)
+    fig = figure(8.4, 2.7)
     for axes, share in zip(fig.subplots(1, len(shares), sharey=True, squeeze=False)[0], shares, strict=True):
         for place, start in enumerate(TRADE):
             own = [row for row in rows if (row["start"], row["share"]) == (start, share)]
@@ -99,6 +103,7 @@ def trade_off(rows: Sequence[dict]) -> Figure:
         axes.set_yticks(range(len(TRADE)), list(TRADE.values()))
         axes.set_ylim(len(TRADE) - 0.5, -0.7)
         _dressed(axes)
+    _tell(fig, COLOURS["moco"], **{"frozen, a linear classifier on top": ("o", False), "fine-tuned": ("o", True)})
     return fig
 
 
@@ -150,14 +155,24 @@ def painted(net: MaskedAutoencoder, views: Tensor, order: Tensor) -> Figure:
 
 def _dots(axes: Axes, place: float, rows: Sequence[dict], colour: str) -> None:
     """Linear and kNN accuracy of runs, mean and 95 % interval over seeds."""
-    for name, face, offset in (("linear_top1", colour, -0.12), ("knn_top1", "white", 0.12)):
+    for name, (marker, filled), offset in (("linear_top1", LINEAR, -0.12), ("knn_top1", KNN, 0.12)):
         found = values(rows, lambda row, name=name: row[name])
         if found:
             mean, half = mean_and_interval(found)
             half = 0.0 if half != half else half
-            axes.errorbar(mean, place + offset, xerr=half, fmt="D" if offset < 0 else "o", color=colour, mfc=face, capsize=2.5)
-            if offset < 0:
+            face = colour if filled else "white"
+            axes.errorbar(mean, place + offset, xerr=half, fmt=marker, color=colour, mfc=face, capsize=2.5)
+            if filled:
                 axes.annotate(f"{mean:.1f}", (mean, place), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+
+
+def _tell(fig: Figure, colour: str, **marks: tuple[str, bool]) -> None:
+    """A legend below the panels: what each mark, filled or hollow, stands for."""
+    drawn = [
+        Line2D([], [], marker=marker, linestyle="none", color=colour, mfc=colour if filled else "white")
+        for marker, filled in marks.values()
+    ]
+    fig.legend(drawn, list(marks), loc="outside lower center", ncols=len(marks), fontsize=8, frameon=False)
 
 
 def _dressed(axes: Axes) -> None:
