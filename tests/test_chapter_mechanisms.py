@@ -291,7 +291,7 @@ def test_memory_follows_its_formulas():
 
 def test_consistency_draws_the_means_of_the_ages():
     ages, cosines = torch.tensor([1, 1, 2, 2]), torch.tensor([0.9, 0.7, 0.5, 0.3])
-    fig = mechanism_figures.consistency({"moco": (ages, cosines)}, steps_of_epoch=2)
+    fig = mechanism_figures.consistency({"moco": (ages, cosines)}, epochs_began=[2])
     assert fig.axes[0].lines[0].get_ydata() == pytest.approx([0.8, 0.4])
 
 

@@ -18,7 +18,7 @@ from tutorial_moco.claims import FEW, FEWEST, MANY, SECTIONS
 from tutorial_moco.errors import DataError
 from tutorial_moco.images import ImageSet, load_images
 from tutorial_moco.recipes import Recipe
-from tutorial_moco.results import by, load_rows, mean_and_interval, provenance_line
+from tutorial_moco.results import by, load_rows, mean_and_bar, mean_and_interval, provenance_line
 
 LABELS = torch.arange(50_000) % 10
 SMALL = Recipe(encoder="tiny", dim=8, K=64, batch_size=32, lr=0.05)
@@ -383,6 +383,8 @@ def test_a_damaged_line_is_named(tmp_path):
 
 def test_the_interval_is_students():
     assert mean_and_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.302653 / math.sqrt(3)))  # t of 2 degrees of freedom
+    assert mean_and_bar([1.0, 2.0, 3.0]) == mean_and_interval([1.0, 2.0, 3.0])
+    assert mean_and_bar([7.0, 3.0]) == (5.0, 2.0)  # from one to the other
     one = mean_and_interval([5])
     assert one[0] == 5
     assert math.isnan(one[1])

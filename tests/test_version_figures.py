@@ -60,7 +60,7 @@ def test_the_trade_off_has_a_hollow_and_a_filled_dot_for_each_start():
     ]  # fmt: skip
     left, right = trade_off(made_up).axes
     assert (left.get_title(), right.get_title()) == ("10 % of the labels", "100 % of the labels")
-    dots = [line for line in left.lines if line.get_marker() == "o"]
+    dots = [line for line in left.lines if line.get_marker() in "Ds"]
     assert [list(line.get_xdata()) for line in dots[::2]] == [[41.0 + i, 46.0 + i] for i in range(3)]
     assert [line.get_markerfacecolor() == "white" for line in dots] == [True, False] * 3
 
@@ -71,13 +71,16 @@ def test_a_painted_picture_keeps_what_was_seen_and_blanks_what_was_not():
     views = plain_view(draw_shapes(2, seed=0)[0])
     order = mask_order(torch.arange(2), 64, seed=0, epoch=0)
     sheet = np.asarray(painted(net, views, order).axes[0].images[0].get_array())
-    starts = [2 + 34 * number for number in range(3)]  # two white pixels before each image of 32
+    starts = [2 + 34 * number for number in range(4)]  # two white pixels before each image of 32
     shown = [np.stack([sheet[top : top + 32, left : left + 32] for left in starts[:2]]) for top in starts]
-    assert sheet.shape == (3 * 34 + 2, 2 * 34 + 2, 3)
-    whole, seen, guessed = shown
+    assert sheet.shape == (4 * 34 + 2, 2 * 34 + 2, 3)
+    whole, seen, means, guessed = shown
     for i in range(2):
         for place, number in enumerate(order[i].tolist()):
             row, column = (4 * at for at in divmod(number, 8))
             patch = np.s_[i, row : row + 4, column : column + 4]
             assert np.allclose(guessed[patch], whole[patch], atol=1e-5) == (place < net.seen)
             assert np.allclose(seen[patch], whole[patch], atol=1e-5) == (place < net.seen)
+            if place >= net.seen:
+                assert np.ptp(means[patch], axis=(0, 1)).max() < 1e-5  # one mean for all 48 numbers
+                assert abs(means[patch].mean() - whole[patch].mean()) < 0.02

@@ -97,8 +97,9 @@ HEALTHY = Breakage(
 BREAKAGES: dict[str, Breakage] = {
     "m is 0": Breakage(
         "m is 0",
-        "The key encoder jumps with every step, so the keys in the queue are from encoders that differ, and a query can tell "
-        "them from its own key by when they were written instead of by what they show. The loss stays high, the kNN low.",
+        "The key encoder jumps with every step. At first the date alone gives the own key away: it is the only fresh one. "
+        "From then on the keys of the queue come from encoders that differ, and what a query learns to compare is out of date "
+        "at the next step. Few own keys are found, the loss stays high, the kNN low.",
         {"m": 0.0},
     ),
     "enqueued first": Breakage(

@@ -1,7 +1,7 @@
 """Pictures of the study: the paper's claims, measured. Each function takes rows, returns a matplotlib Figure, changes nothing.
 
-Rows are those of `results.load_rows`; a picture picks its own experiment. A dot is a mean over seeds, its bar the 95 %
-interval of that mean (Student's t); of one seed there is no bar, and the line under the picture says so. Rows that differ in
+Rows are those of `results.load_rows`; a picture picks its own experiment. A dot is a mean over seeds, its bar that of
+`results.mean_and_bar`; the line under the picture says what the bars are. Rows that differ in
 something the picture does not show are refused, so that no curve mixes two recipes, two data sets or two machines' encoders.
 What comes from a paper is drawn in a panel of its own, hollow, with its citation; only the reference curve, whose recipe is the
 official notebook's own, shares its panels with it.
@@ -25,6 +25,7 @@ from tutorial_moco.results import (
     chance_top1,
     field,
     load_rows,
+    mean_and_bar,
     mean_and_interval,
     of_experiment,
     pretext_accuracy,
@@ -393,7 +394,7 @@ def score_groups(rows: list[dict]) -> list[tuple[str, str, list[dict]]]:
 
 
 def bars(names: list[str], groups: list[list[dict]], *more: str) -> Figure:
-    """Two bars for each group of rows, kNN solid and linear pale, with interval and value."""
+    """Two bars for each group of rows, kNN solid and linear pale, with error bar and value."""
     fig = figure(7.2, 0.72 * len(groups) + 0.9)
     axes = fig.add_subplot(xlabel="test accuracy (%)", xlim=(0, 100))
     for row, runs in enumerate(groups):
@@ -420,18 +421,18 @@ def came_through(rows: Iterable[dict], experiment: str) -> list[dict]:
 
 
 def line(axes: Axes, groups: dict[float, list[dict]], measure: Measure, **style) -> None:
-    """Means with their intervals, joined; where every run failed there is none."""
-    points = [(x, *mean_and_interval(found)) for x, rows in groups.items() if (found := values(rows, measure))]
+    """Means with their bars, joined; where every run failed there is none."""
+    points = [(x, *mean_and_bar(found)) for x, rows in groups.items() if (found := values(rows, measure))]
     if points:
         x, means, halves = zip(*points, strict=True)
         axes.errorbar(x, means, halves, capsize=2.5, markersize=5, linewidth=1.4, **style)
 
 
 def dot(axes: Axes, row: float, found: list[float], **style) -> float:
-    """A mean with its interval, lying; returns where it ends on the right."""
+    """A mean with its bar, lying; returns where it ends on the right."""
     if not found:
         return 0.0
-    mean, half = mean_and_interval(found)
+    mean, half = mean_and_bar(found)
     axes.errorbar(mean, row, xerr=half, capsize=2.5, markersize=6, linestyle="none", **style)
     return mean + (0.0 if math.isnan(half) else half)
 
@@ -476,12 +477,17 @@ def seeds_of(groups: Iterable[list[dict]]) -> str:
 
 def note(fig: Figure, groups: Iterable[list[dict]], *more: str) -> None:
     """The line under a picture: what the bars are, or that there are none."""
-    groups = list(groups)
-    single = all(len(rows) < 2 for rows in groups)
-    under(
-        fig,
-        "; ".join(["one seed, so no error bars" if single else f"error bars: 95 % intervals over {seeds_of(groups)}", *more]),
-    )
+    under(fig, "; ".join([bars_of(list(groups)), *more]))
+
+
+def bars_of(groups: list[list[dict]]) -> str:
+    """What the error bars of groups of runs are, in words: see `results.mean_and_bar`."""
+    few, many = (end(len(rows) for rows in groups) for end in (min, max))
+    if many < 2:
+        return "one seed, so no error bars"
+    if few > 2:
+        return f"error bars: 95 % intervals over {seeds_of(groups)}"
+    return f"{seeds_of(groups)}; error bars: of two from one to the other" + ", of more 95 % intervals" * (many > 2)
 
 
 def title(axes: Axes, text: str) -> None:

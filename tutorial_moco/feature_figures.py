@@ -18,10 +18,10 @@ from matplotlib.ticker import NullLocator
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from tutorial_moco.evidence import apart, line, log_ticks
+from tutorial_moco.evidence import line, log_ticks
 from tutorial_moco.figures import CLASS_COLOURS, COLOURS, MARKERS, TITLES, bare, figure
 from tutorial_moco.pretrain import Run
-from tutorial_moco.results import along, field, mean_and_interval, of_experiment, step_memory, step_ms, values
+from tutorial_moco.results import along, field, mean_and_bar, mean_and_interval, of_experiment, step_memory, step_ms, values
 
 QUIET, LOUD, GREY = "#B0B0B0", "#D55E00", "#555555"
 RUN_COLOURS = ("#8C8C8C", LOUD, COLOURS["moco"], COLOURS["end_to_end"])  # the first is the healthy run
@@ -57,7 +57,8 @@ def knn_readings(accuracies: dict[float, dict[int, float]], marked: Sequence[tup
             "ha": "center",
             "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         }
-        axes.annotate(f"k = {k}, T = {temperature:g}", place, (0, 15), textcoords="offset points", **style)
+        above = place[1] == max(points[k] for points in accuracies.values())  # where no line runs
+        axes.annotate(f"k = {k}, T = {temperature:g}", place, (0, 15 if above else -20), textcoords="offset points", **style)
     ks = sorted(set(chain.from_iterable(accuracies.values())))
     log_ticks(axes, ks, [f"{k}" for k in ks], base=2)
     axes.margins(y=0.15)
@@ -66,24 +67,22 @@ def knn_readings(accuracies: dict[float, dict[int, float]], marked: Sequence[tup
 
 
 def alignment_uniformity(points: dict[str, tuple[float, float, float | None]]) -> Figure:
-    """Encoders by alignment and uniformity (arXiv 2005.10242), lower left is best; the kNN accuracy beside each name.
+    """Encoders by alignment and uniformity (arXiv 2005.10242), lower left is best; the kNN accuracy is in the legend.
 
     Args:
         points: from a name (of ``TITLES`` or any other) to (alignment, uniformity, kNN accuracy or None).
     """
-    fig, ends = figure(6.6, 4.0), []
+    fig = figure(7.4, 3.8)
     axes = fig.add_subplot(
         xlabel="alignment: mean squared distance of two views (0 is best)", ylabel="uniformity (lower is more even)"
     )
     for (name, (x, y, knn)), marker in zip(points.items(), "sD^ovPX*", strict=False):
         colour = LOUD if name == "moco-mlp" else COLOURS.get(name, GREY)
-        axes.plot(x, y, marker, color=colour, markersize=9, markeredgecolor="white")
         title = "MoCo, MLP head" if name == "moco-mlp" else TITLES.get(name, name)
-        ends.append((title + ("" if knn is None else f": kNN {knn:.1f} %"), x, y, colour))
-    axes.set(xlim=(-0.06, 1.3 * max(x for _, x, _, _ in ends) + 0.1), ylim=(-4.3, 0.35))
-    for (text, x, place, colour), (_, _, y, _) in zip(apart(axes, ends), sorted(ends, key=lambda end: end[2]), strict=True):
-        style = {"arrowstyle": "-", "color": colour, "linewidth": 0.7}
-        axes.annotate(text, (x, y), (x + 0.16, place), fontsize=8.5, va="center", color=colour, arrowprops=style)
+        text = title + ("" if knn is None else f": kNN {knn:.1f} %")
+        axes.plot(x, y, marker, color=colour, markersize=9, markeredgecolor="white", linestyle="none", label=text)
+    axes.set(xlim=(-0.06, None), ylim=(-4.3, 0.35))
+    fig.legend(loc="outside right center", fontsize=8.5, frameon=False)
     return _dressed(axes).figure
 
 
@@ -146,18 +145,28 @@ def blind_maps(
     return fig
 
 
-def tsne_gallery(maps: dict[tuple[str, str], np.ndarray], labels: Tensor, classes: tuple[str, ...]) -> Figure:
-    """A table of maps: from (row, column) to points (n, 2); rows and columns are named by what was set."""
+def tsne_gallery(
+    maps: dict[tuple[str, str], np.ndarray], labels: Tensor, classes: tuple[str, ...], unlabelled: Sequence[str] = ()
+) -> Figure:
+    """A table of maps: from (row, column) to points (n, 2); rows and columns are named by what was set.
+
+    Args:
+        unlabelled: rows whose points have no class, drawn in grey.
+    """
     rows, columns = (list(dict.fromkeys(key[side] for key in maps)) for side in (0, 1))
-    fig = figure(1.9 * len(columns) + 0.5, 1.9 * len(rows) + 0.4)
+    fig = figure(1.9 * len(columns) + 0.5, 1.9 * len(rows) + 0.8)
     grid = fig.subplots(len(rows), len(columns), squeeze=False)
     for (row, column), points in maps.items():
         axes = grid[rows.index(row)][columns.index(column)]
-        _scatter(axes, points, labels, classes, 6)
+        if row in unlabelled:
+            _scatter(axes, points, torch.zeros(len(points)), ("",), 6)[0].set_color(QUIET)
+        else:
+            handles = _scatter(axes, points, labels, classes, 6)
         if row == rows[0]:
             axes.set_title(column, fontsize=9.5)
         if column == columns[0]:
             axes.set_ylabel(row, fontsize=9.5)
+    fig.legend(handles, classes[:20], loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return fig
 
 
@@ -214,17 +223,19 @@ def temperature_lab(similarity: dict[str, Tensor], counts: dict[str, list[float]
     left.text(len(rank), own, "own key", ha="right", va="bottom", fontsize=8.5)
     left.set(title="similarity to the query", ylim=(-0.7, 1.12))
     push = push_on_negatives(torch.cat([own[None], negatives])[None], tau)[0]
-    middle.fill_between(rank, push, color=colour, alpha=0.35, linewidth=0)
     middle.plot(rank, push, ".-", color=colour, linewidth=1, markersize=3)
-    middle.set(title=f"push p / τ: {push.sum():.2f} in all", ylim=(0, 1.08 * float(push.max()) + 1e-6))
+    middle.set(
+        title=f"push p / τ, on {effective_negatives(push[None]).item():.0f} negatives",
+        ylim=(0, 1.08 * float(push.max()) + 1e-6),
+    )
     for axes in (left, middle):
         axes.set_xlabel("negatives, most similar first")
         _log(axes.xaxis, (1, 10, 100, 1000)[: len(str(len(rank)))])
     for name, points in counts.items():
         shade, label = HEADS[name]
-        right.plot(TAUS, points, color=shade, linewidth=1.4, label=label)
+        right.plot(TAUS, points, "-" if name == "linear" else "--", color=shade, linewidth=1.4, label=label)
         right.plot(tau, points[TAUS.index(tau)], "o", color=shade, markersize=9 if name == head else 5)
-    right.set(xlabel="τ", title=f"negatives that count: {counts[head][TAUS.index(tau)]:.0f}", ylim=(1, 1.6 * len(rank)))
+    right.set(xlabel="τ", title=f"negatives that count: mean {counts[head][TAUS.index(tau)]:.0f}", ylim=(1, 1.6 * len(rank)))
     _log(right.xaxis, (0.02, 0.05, 0.1, 0.2, 0.5, 1.0))
     _log(right.yaxis, (1, 10, 100, 1000)[: len(str(len(rank)))])
     right.axvline(tau, color=QUIET, linewidth=1, zorder=0)
@@ -249,11 +260,11 @@ def momentum_lab(rows: list[dict], m: float) -> Figure:
     guess = math.log(rows[0]["K"] + 1)
     _level(loss, guess, "guessing")
     loss.set(title="loss", xlabel="images seen (thousands)", ylim=(0, max(1.12 * guess, loss.get_ylim()[1])))
-    knn.set(title="kNN during training (%)", xlabel="images seen (thousands)")
+    knn.set(title="quick kNN in training (%)", xlabel="images seen (thousands)")
     for place, (value, runs) in enumerate(groups.items()):
         found = values(runs, field("knn_top1"))
         if found:
-            mean, half = mean_and_interval(found)
+            mean, half = mean_and_bar(found)
             colour = COLOURS["moco"] if value == m else QUIET
             end.errorbar(place, mean, half, fmt="o", color=colour, capsize=2.5, markersize=9 if value == m else 6)
         else:
@@ -261,7 +272,7 @@ def momentum_lab(rows: list[dict], m: float) -> Figure:
                 place, 0.02, "failed", rotation=90, ha="center", fontsize=8.5, color=LOUD, transform=end.get_xaxis_transform()
             )
     end.set_xticks(range(len(groups)), [f"{value:g}".replace("0.", ".") for value in groups], fontsize=8, rotation=45)
-    end.set(title=f"kNN at the end: m = {m:g}", xlim=(-0.5, len(groups) - 0.5))
+    end.set(title="kNN at the end (%)", xlabel=f"m; chosen: {m:g}", xlim=(-0.5, len(groups) - 0.5))
     for axes in (loss, knn, end):
         _dressed(axes).title.set_fontsize(10)
     return fig
@@ -349,9 +360,9 @@ def run_curves(runs: dict[str, Run], levels: dict[str, float] | None = None) -> 
     for K in sorted({run.losses[-1]["K"] for run in runs.values() if run.losses}):
         _level(loss, math.log(K + 1), f"log({K:,} + 1)")
     for text, height in (levels or {}).items():
-        _level(loss, height, text)
+        _level(loss, height, text, left=True)
     loss.set(title="loss", xlabel="steps", ylim=(0, 1.06 * loss.get_ylim()[1]))
-    pretext.set(title="pretext accuracy (%): which key?", xlabel="steps", ylim=(-2, 102))
+    pretext.set(title="pretext accuracy (%): which key?", xlabel="steps (mean of three readings)", ylim=(-2, 102))
     low, high = knn.get_ylim()
     knn.set(title="kNN (%): which class?", xlabel="steps", ylim=(low - 3, high + 3))  # a point or two is noise
     for axes in (loss, pretext, knn):
@@ -390,9 +401,10 @@ def _running_mean(values: list[float], width: int) -> list[float]:
     return [float(np.mean(values[max(0, i - width + 1) : i + 1])) for i in range(len(values))]
 
 
-def _level(axes: Axes, height: float, text: str) -> None:
+def _level(axes: Axes, height: float, text: str, left: bool = False) -> None:
     axes.axhline(height, linestyle="--", linewidth=1, color=GREY, zorder=0)
-    axes.text(0.99, height, text, ha="right", va="bottom", fontsize=8, color=GREY, transform=_across(axes))
+    place, side = (0.01, "left") if left else (0.99, "right")
+    axes.text(place, height, text, ha=side, va="bottom", fontsize=8, color=GREY, transform=_across(axes))
 
 
 def _log(axis, ticks: Sequence[float]) -> None:

@@ -5,6 +5,7 @@ a dark theme.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ TITLES = {
 CLASS_COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A900", "#000000", "#8C564B", "#7F7F7F",
 )  # fmt: skip
-MARKERS = "os^Dv"
+MARKERS = "os^Dv<>pPX"
 _BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a label that a line may run under
 
 
@@ -69,7 +70,7 @@ def loss_curves(runs: list[dict]) -> Figure:
         if full:
             axes.plot(full["images_seen"], full["loss"], "o", color=colour, markeredgecolor="black", zorder=5)
             axes.annotate(
-                "queue full", (full["images_seen"], full["loss"]), (8, 6), textcoords="offset points", fontsize=8, bbox=_BACKED
+                "queue full", (full["images_seen"], full["loss"]), (8, -9), textcoords="offset points", fontsize=8, bbox=_BACKED
             )
     for K, colours in sorted(guesses.items()):
         axes.axhline(math.log(K + 1), linestyle="--", linewidth=1, color=colours[0] if len(colours) == 1 else "#444444")
@@ -139,7 +140,7 @@ def tsne_maps(maps: dict[str, np.ndarray], labels: Tensor, classes: tuple[str, .
 def retrieval(
     queries: Tensor, query_labels: Tensor, neighbours: Tensor, neighbour_labels: Tensor, classes: tuple[str, ...]
 ) -> Figure:
-    """Each query image and its nearest training images, framed green where the class agrees and orange where not.
+    """Each query image and its nearest training images, framed green where the class agrees and orange, dashed, where not.
 
     Args:
         queries: uint8 (n, 3, H, W). neighbours: uint8 (n, k, 3, H, W). Labels (n,) and (n, k).
@@ -153,13 +154,14 @@ def retrieval(
         for column in range(k):
             right = neighbour_labels[row, column] == query_labels[row]
             _show(grid[row][column + 1], neighbours[row, column], "#009E73" if right else "#D55E00")
+            grid[row][column + 1].spines[:].set_linestyle("-" if right else "--")
     grid[0][0].set_title("query", fontsize=8)
     grid[0][1].set_title("nearest first", fontsize=8, loc="left")
     return fig
 
 
-def views(images: Tensor, view_q: Tensor, view_k: Tensor) -> Figure:
-    """Images above their two random views: uint8 (n, 3, H, W) and normalised views (n, 3, h, w)."""
+def views(images: Tensor, view_q: Tensor, view_k: Tensor, names: Sequence[str] = ("image", "query", "key")) -> Figure:
+    """Images above their two random views: uint8 (n, 3, H, W) and normalised views (n, 3, h, w); names of the three rows."""
     n = len(images)
     fig = figure(0.8 * n + 0.5, 2.6)
     grid = fig.subplots(3, n, squeeze=False)
@@ -167,7 +169,7 @@ def views(images: Tensor, view_q: Tensor, view_k: Tensor) -> Figure:
         _show(grid[0][column], images[column])
         _show(grid[1][column], denormalise(view_q[column]))
         _show(grid[2][column], denormalise(view_k[column]))
-    for row, name in enumerate(("image", "query", "key")):
+    for row, name in enumerate(names):
         grid[row][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=4)
     return fig
 

@@ -4,7 +4,7 @@ Each function returns a matplotlib Figure and changes nothing. What a mechanism 
 it: one step is taken, and what has got a gradient, what has followed and what has been written is what is drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -112,7 +112,9 @@ def figure_2(anatomies: Sequence[Anatomy]) -> Figure:
         axes.spines[:].set_visible(False)
         axes.set_title(TITLES[NAMES[found.name]], color=COLOURS[NAMES[found.name]], fontweight="bold", fontsize=11)
         _draw_anatomy(axes, found)
-    lines = (("forward", GREY, "-"), ("gradient", GRADIENT, "--"), ("kept from step to step", FOLLOWS, ":"))
+    lines = [("forward", GREY, "-"), ("gradient", GRADIENT, "--")]
+    if any(found.dictionary or found.follows for found in anatomies):
+        lines.append(("kept from step to step", FOLLOWS, ":"))
     handles = [Line2D([], [], color=colour, linestyle=style, linewidth=1.6, label=label) for label, colour, style in lines]
     ncols = 3 if len(anatomies) > 1 else 1
     fig.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=8.5)
@@ -140,7 +142,9 @@ def _draw_anatomy(axes: Axes, found: Anatomy) -> None:
     if found.dictionary:
         _draw_dictionary(axes, found, left, right, second)
     elif alone:
-        _label(axes, 7.0, 10.9, f"keys: the batch's\nother views,\nK = {found.negatives:,}")
+        axes.plot([left + 1.2, left + 1.2, right, right], [7.7, 8.3, 8.3, 13.0], color=GREY, linewidth=1.4)
+        _arrow(axes, (right, 13.0), (right, 13.8))
+        _label(axes, right - 0.2, 10.9, f"k, and K = {found.negatives:,}\nof the batch", ha="right")
     else:
         _arrow(axes, (right - 0.2, 7.7), (right - 0.2, 13.8))
         _label(axes, right - 0.4, 10.9, f"k, and K = {found.negatives:,}\nof the batch", ha="right")
@@ -259,11 +263,12 @@ def leak(similarity: Tensor, parts: int, shuffled: bool) -> Figure:
 # What is kept --------------------------------------------------------------------------------------------------------
 
 
-def consistency(found: dict[str, tuple[Tensor, Tensor]], steps_of_epoch: int) -> Figure:
+def consistency(found: dict[str, tuple[Tensor, Tensor]], epochs_began: Iterable[int]) -> Figure:
     """How far the stored keys are from what the encoder would say now, against their age; end-to-end has only keys of now.
 
     Args:
         found: from a mechanism's name to ages in steps (n,) and cosines (n,), as `diagnose.key_drift` gives them.
+        epochs_began: so many steps ago.
     """
     fig = figure(6.4, 3.3)
     axes = fig.add_subplot(xlabel="age of a key (steps)", ylabel="cosine with its view encoded now")
@@ -278,8 +283,9 @@ def consistency(found: dict[str, tuple[Tensor, Tensor]], steps_of_epoch: int) ->
         low, high = np.subtract(mean, sd), np.add(mean, sd)
         axes.fill_between(middle, low, np.minimum(high, 1), color=COLOURS[name], alpha=0.2, linewidth=0)
     axes.plot(0, 1, "^", color=COLOURS["end_to_end"], markersize=8, label=f"{TITLES['end_to_end']}: encoded now", clip_on=False)
-    axes.axvline(steps_of_epoch, color=GREY, linewidth=1, linestyle=":")
-    axes.text(steps_of_epoch, 0.02, "one epoch ", ha="right", fontsize=8.5, color=GREY, transform=axes.get_xaxis_transform())
+    for age in epochs_began:
+        axes.axvline(age, color=GREY, linewidth=1, linestyle=":")
+        axes.text(age, 0.02, "an epoch began ", ha="right", fontsize=8.5, color=GREY, transform=axes.get_xaxis_transform())
     axes.set_ylim(top=1.02)
     _plain(axes)
     axes.legend(frameon=False, fontsize=8.5)

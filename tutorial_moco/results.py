@@ -142,6 +142,16 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(mean(values)), float(stats.t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
 
 
+def mean_and_bar(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the length of its error bar: of two seeds from one to the other, of more the 95 % interval; of one NaN.
+
+    The interval of two is six times as long as the two are apart, which would hide in a picture what the rows say.
+    """
+    if len(values) == 2:
+        return float(mean(values)), abs(values[0] - values[1]) / 2
+    return mean_and_interval(values)
+
+
 def difference_and_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """Mean of a less mean of b, and half the width of its 95 % confidence interval (Welch's t); NaN if either has one value."""
     difference = float(mean(a)) - float(mean(b))

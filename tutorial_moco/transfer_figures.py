@@ -10,11 +10,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from tutorial_moco.evidence import SUPERVISED
+from tutorial_moco.evidence import SUPERVISED, bars_of
 from tutorial_moco.figures import CLASS_COLOURS, figure
 from tutorial_moco.figures import COLOURS as MECHANISMS
 from tutorial_moco.figures import TITLES as NAMES
-from tutorial_moco.results import mean_and_interval
+from tutorial_moco.results import mean_and_bar
 
 SURE = 0.5  # answers below this score are not drawn
 COLOURS = MECHANISMS | {"supervised": SUPERVISED}
@@ -75,7 +75,7 @@ def segmentations(
 
 
 def label_curves(rows: Sequence[dict], field: str, colours: dict[str, str], titles: dict[str, str], level: float) -> Figure:
-    """Accuracy in percent against the number of labels, a line for each start, of three seeds with their intervals.
+    """Accuracy in percent against the number of labels, a line for each start, with error bars over seeds.
 
     Args:
         rows: with ``start``, ``labels`` and the field. colours, titles: of each start. level: accuracy of guessing.
@@ -85,7 +85,7 @@ def label_curves(rows: Sequence[dict], field: str, colours: dict[str, str], titl
     for start in dict.fromkeys(row["start"] for row in rows):
         own = [row for row in rows if row["start"] == start and row.get(field) is not None]
         numbers = sorted({row["labels"] for row in own})
-        points = [_mean_and_bar([row[field] for row in own if row["labels"] == number]) for number in numbers]
+        points = [mean_and_bar([row[field] for row in own if row["labels"] == number]) for number in numbers]
         axes.errorbar(numbers, *zip(*points, strict=True), marker="o", capsize=3, color=colours[start], label=titles[start])
     axes.set(xscale="log", xlim=(0.7 * min(row["labels"] for row in rows), 1.4 * max(row["labels"] for row in rows)))
     axes.axhline(level, linestyle="--", linewidth=1, color="#444444")
@@ -96,7 +96,7 @@ def label_curves(rows: Sequence[dict], field: str, colours: dict[str, str], titl
 
 
 def worth(rows: Sequence[dict]) -> Figure:
-    """What each start was worth, a panel for each task: the seeds as ticks, their mean as a dot, of three with its interval.
+    """What each start was worth, a panel for each task: means over seeds with their error bars.
 
     Args:
         rows: of one source, as ``python -m benchmarks.transfer`` writes them.
@@ -113,8 +113,7 @@ def worth(rows: Sequence[dict]) -> Figure:
         for place, name in enumerate(starts):
             values = [row[field] for row in rows if keep(row) and row["start"] == name and field in row]
             if values:
-                mean, bar = _mean_and_bar(values)
-                axes.plot(values, [place] * len(values), "|", color=COLOURS[name], markersize=9, alpha=0.6)
+                mean, bar = mean_and_bar(values)
                 axes.errorbar(mean, place, xerr=bar, fmt="o", capsize=3, color=COLOURS[name])
                 axes.annotate(f"{mean:.1f}", (mean, place), (0, 6), textcoords="offset points", fontsize=7.5, ha="center")
         axes.set_title(title, fontsize=9)
@@ -123,14 +122,9 @@ def worth(rows: Sequence[dict]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     grid[0, 0].set_yticks(range(len(starts)), [TITLES[name] for name in starts])
     grid[0, 0].set_ylim(len(starts) - 0.5, -0.7)
-    fig.supxlabel("percent of the test images, AP or mIoU", fontsize=9)
+    runs = [[row for row in rows if keep(row) and row["start"] == name] for _, keep, _ in panels for name in starts]
+    fig.supxlabel(f"percent of the test images, AP or mIoU; {bars_of([own for own in runs if own])}", fontsize=8.5)
     return fig
-
-
-def _mean_and_bar(values: Sequence[float]) -> tuple[float, float]:
-    """And half the width of its 95 % interval, of three or more: that of two is six times as wide as they are apart."""
-    mean, half = mean_and_interval(values)
-    return mean, half if len(values) > 2 else 0.0
 
 
 def _classified(how: str, share: float, task: str = "classify") -> Callable[[dict], bool]:

@@ -22,7 +22,7 @@ from tutorial_moco.images import ImageSet
 from tutorial_moco.provenance import provenance
 from tutorial_moco.randomness import permutation
 from tutorial_moco.report import Picture, text_table, write_report
-from tutorial_moco.results import mean_and_interval
+from tutorial_moco.results import mean_and_bar
 from tutorial_moco.speed import default_device
 from tutorial_moco.transfer import Start, Trained, classify, dense, save_trained
 
@@ -60,7 +60,7 @@ def transfer_classify(
             heading,
             transfer_figures.label_curves(rows, field, *looks, 100 / len(train.classes)),
             f"{heading}: accuracy against the number of labels, a line for each start.",
-            "Each start was trained with the same recipe. Bars: 95 % interval over seeds, where there are several.",
+            "Each start had the same recipe. Bars and ±: of two seeds from one to the other, of more the 95 % interval.",
         )
         for heading, field in (("A linear classifier", "linear_top1"), ("Fine-tuned", "fine_tuned_top1"))
     ]
@@ -148,7 +148,7 @@ def title(start: Start) -> str:
 
 
 def _table(rows: list[dict], by: tuple[str, ...], fields: tuple[str, ...]) -> list[list[str]]:
-    """Means over seeds, with half the interval where there are several."""
+    """Means over seeds, with half the error bar where there are several."""
     table = [[*by, *(NAMES[field] for field in fields)]]
     for key in dict.fromkeys(tuple(row[name] for name in by) for row in rows):
         own = [row for row in rows if tuple(row[name] for name in by) == key]
@@ -157,7 +157,7 @@ def _table(rows: list[dict], by: tuple[str, ...], fields: tuple[str, ...]) -> li
 
 
 def _cell(values: list[float]) -> str:
-    mean, half = mean_and_interval(values)
+    mean, half = mean_and_bar(values)
     return f"{mean:.1f}" if len(values) < 2 else f"{mean:.1f} ± {half:.1f}"
 
 

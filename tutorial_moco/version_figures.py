@@ -11,13 +11,14 @@ from torchvision.utils import make_grid
 
 from tutorial_moco.figures import COLOURS, bare, denormalise, figure
 from tutorial_moco.masked import MaskedAutoencoder
-from tutorial_moco.results import mean_and_interval, values
+from tutorial_moco.results import mean_and_bar, values
 
 GAP = 2  # white pixels between the images of a sheet
-LINEAR, KNN = ("D", True), ("o", False)  # the mark of an accuracy, and whether it is filled
+LINEAR, KNN, TUNED = ("D", False), ("o", True), ("s", True)  # the mark of an accuracy, and whether it is filled
 # The v2 paper's Table 1 (arXiv 2003.04297): ImageNet, ResNet-50, linear accuracy after 200 epochs, the last after 800.
 V2_TABLE = {
-    "v1": 60.6, "+ MLP head": 66.2, "+ augmentation": 63.4, "+ both": 67.3, "+ cosine (v2)": 67.5, "v2, 4 times as long": 71.1,
+    "v1": 60.6, "+ MLP head, τ = 0.2": 66.2, "+ augmentation": 63.4, "+ both": 67.3, "+ cosine (v2)": 67.5,
+    "v2, 4 times as long": 71.1,
 }  # fmt: skip
 
 
@@ -29,16 +30,16 @@ def v2_setting(row: dict, epochs: int) -> str | None:
     if cosine:
         return "+ cosine (v2)" if row["epochs"] == epochs else "v2, 4 times as long"
     if head:
-        return "+ both" if views else "+ MLP head"
+        return "+ both" if views else "+ MLP head, τ = 0.2"
     return "+ augmentation" if views else "v1"
 
 
 def v2_table(rows: Sequence[dict]) -> Figure:
-    """The switches from v1 to v2, one at a time: the paper's accuracies, and linear (filled) and kNN (hollow) here."""
+    """The switches from v1 to v2, one at a time: the paper's linear accuracies, and linear and kNN accuracies here."""
     fig = figure(8.4, 3.5)
     there, here = fig.subplots(1, 2, sharey=True)
     names, epochs = list(V2_TABLE), min(row["epochs"] for row in rows)
-    there.plot(list(V2_TABLE.values()), range(len(names)), "D", color=COLOURS["moco"])
+    there.plot(list(V2_TABLE.values()), range(len(names)), LINEAR[0], color=COLOURS["moco"], mfc="white")
     for place, (name, accuracy) in enumerate(V2_TABLE.items()):
         there.annotate(f"{accuracy}", (accuracy, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
         _dots(here, place, [row for row in rows if v2_setting(row, epochs) == name], COLOURS["moco"])
@@ -65,7 +66,7 @@ KIN: dict[str, Callable[[dict], bool]] = {
 
 
 def kin(rows: Sequence[dict]) -> Figure:
-    """MoCo v2 beside its kin, and the transformers: linear (filled) and kNN (hollow)."""
+    """MoCo v2 beside its kin, and, in orange, the transformers: linear and kNN accuracy."""
     fig = figure(7.2, 3.7)
     axes = fig.add_subplot(xlabel="linear and kNN accuracy (%)")
     epochs = min(row["epochs"] for row in rows)
@@ -83,7 +84,7 @@ TRADE = {"masked": "masked auto-encoder", "moco_v3": "MoCo v3", "untrained": "fr
 
 
 def trade_off(rows: Sequence[dict]) -> Figure:
-    """The transformer's accuracy frozen (hollow: a linear classifier) and fine-tuned (filled), for each share of the labels.
+    """The transformer's accuracy frozen (a linear classifier on top) and fine-tuned, for each share of the labels.
 
     Args:
         rows: of the transfer study, ``task`` classify, ``encoder`` a transformer.
@@ -94,16 +95,17 @@ def trade_off(rows: Sequence[dict]) -> Figure:
         for place, start in enumerate(TRADE):
             own = [row for row in rows if (row["start"], row["share"]) == (start, share)]
             frozen, tuned = (values(own, lambda row, name=name: row.get(name)) for name in ("linear_top1", "fine_tuned_top1"))
-            ends = [mean_and_interval(found)[0] for found in (frozen, tuned)]
+            ends = [mean_and_bar(found)[0] for found in (frozen, tuned)]
             axes.plot(ends, [place, place], color="0.7", zorder=0)
-            for at, face, number in zip(ends, ("white", COLOURS["moco"]), (frozen, tuned), strict=True):
-                axes.plot(number, [place] * len(number), "o", color=COLOURS["moco"], mfc=face)
+            for at, (marker, filled), number in zip(ends, (LINEAR, TUNED), (frozen, tuned), strict=True):
+                face = COLOURS["moco"] if filled else "white"
+                axes.plot(number, [place] * len(number), marker, color=COLOURS["moco"], mfc=face)
                 axes.annotate(f"{at:.1f}", (at, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
         axes.set(title=f"{share:.0%} of the labels".replace("%", " %"), xlabel="test accuracy (%)")
         axes.set_yticks(range(len(TRADE)), list(TRADE.values()))
         axes.set_ylim(len(TRADE) - 0.5, -0.7)
         _dressed(axes)
-    _tell(fig, COLOURS["moco"], **{"frozen, a linear classifier on top": ("o", False), "fine-tuned": ("o", True)})
+    _tell(fig, COLOURS["moco"], **{"frozen, a linear classifier on top": LINEAR, "fine-tuned": TUNED})
     return fig
 
 
@@ -132,7 +134,9 @@ def filters(weight: Tensor, columns: int = 16) -> Figure:
 
 @torch.no_grad()
 def painted(net: MaskedAutoencoder, views: Tensor, order: Tensor) -> Figure:
-    """Three rows: images, what the encoder sees of them, and what is painted into the gaps. Quick enough for a slider.
+    """Images, what the encoder sees of them, the gaps' own means, and what is painted into the gaps. Quick enough for a slider.
+
+    What is painted gets each gap's own mean and spread back, which the painter does not know; so the third row shows the means.
 
     Args:
         views: float32 (n, 3, H, W), normalised. order: int64 (n, patches); the first ``net.seen`` are seen.
@@ -141,28 +145,28 @@ def painted(net: MaskedAutoencoder, views: Tensor, order: Tensor) -> Figure:
     mean, spread = patches.mean(dim=2, keepdim=True), patches.std(dim=2, keepdim=True)
     guess = net(views, order) * (spread + 1e-3) + mean  # what it paints has each patch's brightness and contrast taken out
     seen = torch.zeros(order.shape, dtype=torch.bool).scatter(1, order[:, : net.seen], True)[:, :, None]
-    rows = torch.cat([patches, patches.where(seen, 0.0), patches.where(seen, guess)])
+    rows = torch.cat([patches, *(patches.where(seen, filling) for filling in (torch.zeros(()), mean, guess))])
     sheet = make_grid(denormalise(net.unpatchify(rows)), nrow=n, padding=GAP, pad_value=1.0)
-    fig = bare(n + 0.7, 3.2)
-    axes = fig.add_axes((0.7 / (n + 0.7), 0.0, n / (n + 0.7), 1.0))
+    fig = bare(n + 0.9, 4.2)
+    axes = fig.add_axes((0.9 / (n + 0.9), 0.0, n / (n + 0.9), 1.0))
     axes.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
-    middles = [GAP + height / 2 + row * (height + GAP) for row in range(3)]
-    axes.set(xticks=[], yticks=middles, yticklabels=["image", "seen", "painted"])
+    names = ("image", "seen", "means only", "painted")
+    middles = [GAP + height / 2 + row * (height + GAP) for row in range(len(names))]
+    axes.set(xticks=[], yticks=middles, yticklabels=names)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return fig
 
 
 def _dots(axes: Axes, place: float, rows: Sequence[dict], colour: str) -> None:
-    """Linear and kNN accuracy of runs, mean and 95 % interval over seeds."""
+    """Linear and kNN accuracy of runs, mean and error bar over seeds."""
     for name, (marker, filled), offset in (("linear_top1", LINEAR, -0.12), ("knn_top1", KNN, 0.12)):
         found = values(rows, lambda row, name=name: row[name])
         if found:
-            mean, half = mean_and_interval(found)
-            half = 0.0 if half != half else half
+            mean, half = mean_and_bar(found)
             face = colour if filled else "white"
             axes.errorbar(mean, place + offset, xerr=half, fmt=marker, color=colour, mfc=face, capsize=2.5)
-            if filled:
+            if name == "linear_top1":
                 axes.annotate(f"{mean:.1f}", (mean, place), (0, 8), textcoords="offset points", ha="center", fontsize=8)
 
 
