@@ -226,10 +226,11 @@ def test_the_filter_marks_half_of_the_way():
 
 def test_the_laboratory_averages_what_a_queue_of_k_would_hold():
     points = [{"age": age, "cosine": 1 - age / 10, "sd": 0.01, "count": 4} for age in range(1, 6)]
-    fig = dictionary_figures.drift_laboratory({0.9: points, 0.99: points}, 0.9, K=12, batch=4, bank=points)
+    bank = [point | {"count": 100 if point["age"] < 5 else 2} for point in points]  # the mean of two keys says nothing
+    fig = dictionary_figures.drift_laboratory({0.9: points, 0.99: points}, 0.9, K=12, batch=4, bank=bank)
     assert "up to 3 steps" in fig.texts[0].get_text()
     assert "cosine 0.800 on average, 0.700 for the oldest" in fig.texts[0].get_text()
-    assert len(fig.axes[0].lines) == 3
+    assert [len(line.get_xdata()) for line in fig.axes[0].lines] == [5, 5, 4]
 
 
 def test_by_age_keeps_every_key():

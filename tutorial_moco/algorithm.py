@@ -137,7 +137,11 @@ SOLUTION = {
 }  # fmt: skip
 # (gap, what somebody wrote there, what that does)
 MISTAKES = (
-    (1, "f_q", "the query encoder makes the keys. Then nothing is slow: that is MoCo with m = 0, which does not train."),
+    (
+        1,
+        "f_q",
+        "the query encoder makes the keys. Then nothing is slow: that is MoCo with m = 0; chapter 03 shows its features.",
+    ),
     (2, "k", "the keys of the batch are the negatives. That is the end-to-end way, and each query's own key is among them."),
     (3, "*", "the temperature multiplies; it has to divide."),
     (4, "torch.arange(N)", "the labels are the numbers of the rows. The own key stands in column 0 of every row."),

@@ -6,6 +6,7 @@ worked out anew at every move would cost more than the drawing.
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib import colormaps
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
+from tutorial_moco.evidence import apart
 from tutorial_moco.figures import COLOURS, TITLES, bare, figure
 
 M_COLOURS = {0.0: "#D55E00", 0.5: "#CC79A7", 0.9: "#6DB6E8", 0.99: "#0072B2", 0.999: "#00304D", 1.0: "#777777"}
@@ -21,6 +23,9 @@ NEW, RANDOM, GREY = "#D55E00", "#BBBBBB", "#555555"
 DATA = {"CIFAR-10": 50_000, "ImageNet": 1_281_167}  # images to train on
 C = 128  # numbers in a key
 AGE_BIN = 8  # steps
+FEW_KEYS = 30  # of a bank's age: with fewer their mean is noise
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}  # a name that a line may run under
 
 # Loss of the official notebook's run on CIFAR-10 (facebookresearch/moco, moco_cifar10_demo): ResNet-18, batch 512, K 4,096.
 OFFICIAL_K, OFFICIAL_LOSS = 4096, {
@@ -91,7 +96,7 @@ def ring(ages: Tensor, pointer: int, title: str = "") -> Figure:
     bars.set(xlim=(-0.6, K - 0.4), ylim=(-0.3, max(4, ages.max()) * 1.18))
     _label(bars, "place in the queue", "age of its key (steps)")
     if (ages < 0).any():
-        bars.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.02, 0.98))
+        bars.legend(frameon=False, fontsize=8, loc="upper right")
     fig.text(0.5, 0.94, title, ha="center", fontsize=10)
     return fig
 
@@ -148,7 +153,7 @@ def two_starts(runs: dict[str, Sequence[float]], filled: Sequence[int], K: int) 
     fig = figure(6.6, 3.2)
     axes = fig.add_subplot()
     for (name, losses), style in zip(
-        runs.items(), ({"color": COLOURS["moco"]}, {"color": NEW, "linestyle": "-"}), strict=False
+        runs.items(), ({"color": COLOURS["moco"]}, {"color": NEW, "linestyle": "-."}), strict=False
     ):
         axes.plot(range(1, len(losses) + 1), losses, linewidth=1.6, label=name, **style)
     axes.set_yscale("log")
@@ -188,11 +193,14 @@ def room(K: int, batch: int, data: str) -> Figure:
     rows = (
         ("end_to_end", 0.55, "now"),
         ("moco", oldest, f"1 to {oldest:,}" if oldest > 1 else "1"),
-        ("memory_bank", 2 * epoch, f"up to about {2 * epoch:,}"),
+        ("memory_bank", 2 * epoch, f"up to about {2 * epoch:,}"),  # and more where an epoch leaves an image out
     )
     for row, (name, end, text) in enumerate(rows):
         age.barh(row, end - 0.5, left=0.5, height=0.5, color=COLOURS[name])
-        age.text(max(end, 0.6) * 1.15, row, text, va="center", fontsize=8.5)
+        if end < 2000:
+            age.text(max(end, 0.6) * 1.15, row, text, va="center", fontsize=8.5)
+        else:  # no room at its right
+            age.text(0.85 * end, row, text, va="center", ha="right", fontsize=8.5, color="white" if name == "moco" else "black")
     age.axvline(epoch, color="black", linestyle=":", linewidth=1)
     age.text(epoch * 0.92, 2.62, "one epoch", fontsize=8, ha="right", va="center")
     age.set(xscale="log", xlim=(0.5, 4e5), ylim=(-0.6, 2.9))
@@ -266,9 +274,14 @@ def short_runs(runs: dict[float, list[dict]], K: int, steps: int, now: float | N
     """
     fig = bare(7.4, 3.2)
     loss, pretext = fig.add_axes((0.06, 0.16, 0.36, 0.70)), fig.add_axes((0.49, 0.16, 0.36, 0.70))
-    for m, points in runs.items():
+    for (m, points), dashes in zip(runs.items(), cycle(DASHES)):
         front = now in (None, m)
-        style = {"color": _m_colour(m), "linewidth": 1.7 if front else 1.0, "alpha": 1.0 if front else 0.35}
+        style = {
+            "color": _m_colour(m),
+            "linewidth": 1.7 if front else 1.0,
+            "alpha": 1.0 if front else 0.35,
+            "linestyle": dashes,
+        }
         for axes, name in ((loss, "loss"), (pretext, "pretext")):
             axes.plot([p["step"] for p in points], [p[name] for p in points], label=f"m = {m:g}", **style)
     loss.set(xlim=(0, steps), ylim=(0, 1.25 * math.log(K + 1)))
@@ -292,7 +305,8 @@ def drift_laboratory(
     fig = bare(7.2, 3.7)
     axes = fig.add_axes((0.09, 0.14, 0.74, 0.72))
     reach = math.ceil(K / batch)
-    last = max(point["age"] for points in (*curves.values(), bank or []) for point in points)
+    bank = [point for point in bank or () if point["count"] >= FEW_KEYS]
+    last = max(point["age"] for points in (*curves.values(), bank) for point in points)
     axes.axvspan(1, max(reach, 1.06), color="#EAF3FA", linewidth=0)
     for other, points in curves.items():
         ages, cosines, sds = (np.array([point[name] for point in points]) for name in ("age", "cosine", "sd"))
@@ -302,13 +316,14 @@ def drift_laboratory(
             axes.fill_between(
                 ages, cosines - sds, np.minimum(cosines + sds, 1), color=_m_colour(other), alpha=0.18, linewidth=0
             )
-    ends = {f"m = {other:g}": (points[-1]["cosine"], _m_colour(other)) for other, points in curves.items()}
+    ends = [(f"m = {other:g}", points[-1]["age"], points[-1]["cosine"], _m_colour(other)) for other, points in curves.items()]
     if bank:
         axes.plot([p["age"] for p in bank], [p["cosine"] for p in bank], color=COLOURS["memory_bank"], linewidth=1.2)
-        ends["memory bank"] = (bank[-1]["cosine"], "#8A5F00")
-    lowest = min(point["cosine"] for points in (*curves.values(), bank or []) for point in points)
+        ends.append(("memory bank", bank[-1]["age"], bank[-1]["cosine"], "#8A5F00"))
+    lowest = min(point["cosine"] for points in (*curves.values(), bank) for point in points)
     axes.set(xscale="log", xlim=(1, last * 1.05), ylim=(min(0.0, lowest - 0.05), 1.02))
-    _ends(axes, ends)
+    for name, age, height, colour in apart(axes, ends, gap=0.062):
+        axes.text(1.06 * age, height, name, color=colour, fontsize=8.5, va="center", bbox=BACKED)
     _ticks(axes.xaxis, [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= last * 1.05])
     _label(axes, "age of a key (steps)", "cosine with its view encoded now")
     held = [point for point in curves[m] if point["age"] <= reach] or curves[m][:1]
@@ -336,11 +351,11 @@ def similarity_by_age(groups: dict[float, list[dict]]) -> Figure:
     """
     fig = figure(6.4, 3.2)
     axes = fig.add_subplot()
-    for m, points in groups.items():
+    for (m, points), marker in zip(groups.items(), cycle("os^Dv")):
         axes.plot(
             [p["age"] for p in points],
             [p["cosine"] for p in points],
-            "o-",
+            f"{marker}-",
             markersize=3,
             linewidth=1.4,
             color=_m_colour(m),
@@ -430,15 +445,6 @@ def _full(axes: Axes, filled: Sequence[int], K: int) -> None:
     if full:
         axes.axvline(full, color=GREY, linewidth=1, linestyle=":")
         axes.text(full, 0.03, " queue full", fontsize=8, color=GREY, transform=axes.get_xaxis_transform())
-
-
-def _ends(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
-    """Names at the right ends of lines, moved apart where they would touch."""
-    low, high = axes.get_ylim()
-    least, place = 0.062 * (high - low), math.inf
-    for name, (value, colour) in sorted(ends.items(), key=lambda end: -end[1][0]):
-        place = min(value, place - least)
-        axes.text(1.015, place, name, color=colour, fontsize=8.5, va="center", transform=axes.get_yaxis_transform())
 
 
 def _age_colours(ages: np.ndarray) -> np.ndarray:

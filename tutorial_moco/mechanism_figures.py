@@ -220,6 +220,9 @@ def leak_curves(found: dict[str, Sequence[float]], chance: float, over: int = 20
     return fig
 
 
+SHOWN = 16  # rows and columns: with more one does not see a part of two
+
+
 def leak(similarity: Tensor, parts: int, shuffled: bool) -> Figure:
     """Cosines of the queries (down) with the keys (across) of one batch; images of one part stand side by side.
 
@@ -237,11 +240,12 @@ def leak(similarity: Tensor, parts: int, shuffled: bool) -> Figure:
     }
     fig = bare(7.2, 3.5)
     axes, bars = fig.add_axes((0.04, 0.08, 0.40, 0.82)), fig.add_axes((0.63, 0.17, 0.34, 0.73))
-    axes.imshow(similarity.numpy(), cmap="cividis", vmin=-1, vmax=1, interpolation="nearest")
+    shown = min(SHOWN, len(own))
+    axes.imshow(similarity[:shown, :shown].numpy(), cmap="cividis", vmin=-1, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
-    axes.set_xlabel("keys of the batch, in order", fontsize=9)
+    axes.set_xlabel(f"keys of the batch, the first {shown} of {len(own)}", fontsize=9)
     axes.set_ylabel("queries, in the same order", fontsize=9)
-    axes.set_title("cosine, bright is similar", fontsize=9.5)
+    axes.set_title("cosine, from -1 (dark) to 1 (bright)", fontsize=9.5)
     for row, (where, colour) in enumerate(groups.values()):
         if where.any():
             mean = similarity[where].mean().item()
