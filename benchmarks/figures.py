@@ -36,7 +36,9 @@ images. Both are percent of all test images.
 
 This page and its pictures are written by `make figures` from the rows in [data/](../data/README.md), which `make study`
 measures. Nothing in it is typed in but what is cited. An experiment that has no rows yet is left out;
-`python -m benchmarks.study --list` names it.
+`python -m benchmarks.study --list` names it. Transfer (data/study-transfer.jsonl) is told in
+[chapter 08](../notebooks/08_transfer.ipynb), MoCo's versions in [chapter 09](../notebooks/09_versions.ipynb), both without
+verdicts.
 """
 
 

@@ -42,7 +42,9 @@ ELSEWHERE = {  # promise: the best test of it that we found in other projects
 HEAD = """# What is promised when things go wrong, and how it was tried
 
 Written by `make faults` (the full counts; `make test` has a short form of each). Every fault is real: processes are killed,
-disks are full, bytes are flipped. Where a tool is missing the test is skipped, and its line is not here.
+disks are full, bytes are flipped. All of it on processors, with gloo; none on several GPUs, with NCCL. Two "hosts" are network
+namespaces of one machine, and the cable between them is virtual. Where a tool is missing the test is skipped, and its line
+is not here.
 
 {about}
 
@@ -52,7 +54,7 @@ disks are full, bytes are flipped. Where a tool is missing the test is skipped, 
 MUTANTS = """
 # How it is known that a test can fail
 
-For each promise the code is broken on purpose, and its test has to see it.
+For these promises the code is broken on purpose, and the test has to see it.
 
 | promise | what is broken | by whom it is seen |
 |---|---|---|

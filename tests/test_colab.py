@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -55,6 +56,12 @@ def runtime(tmp_path_factory):
 def packages(runtime):
     """Names of what is installed in the environment itself."""
     return {path.name.partition("-")[0] for path in (runtime[1] / "env").glob("lib/*/site-packages/*.dist-info")}
+
+
+def test_the_wheel_holds_all_that_the_chapters_read(runtime):
+    wheel = next((runtime[1] / "wheels").glob("tutorial_moco*.whl"))
+    held = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("tutorial_moco/data/")}
+    assert {path.name for path in (FOLDER.parent / "data").iterdir()} - {"README.md"} <= held
 
 
 def test_every_chapter_begins_with_the_same_cell():

@@ -325,7 +325,7 @@ def run_export(flags: Export) -> dict:
     from tutorial_moco.export import export
 
     found = export(flags.checkpoint, flags.format, flags.out or Path("exported") / flags.format)
-    why = "pip cannot install it; its names are tested" if flags.format == "detectron2" else "it is not installed"
+    why = "it is on no package index; its names are tested" if flags.format == "detectron2" else "it is not installed"
     compared = f"not read again by {flags.format}: {why}"
     if found["largest_difference"] is not None:
         compared = f"read again, the features differ by {found['largest_difference']:.0e} of the largest at most"
