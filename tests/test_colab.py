@@ -1,5 +1,6 @@
 """A chapter opened on its own, as in Colab: the usual packages are there, ours is not. The first cell installs that alone."""
 
+import gc
 import json
 import os
 import shutil
@@ -89,6 +90,8 @@ def test_a_chapter_runs_in_an_empty_environment(runtime):
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute(env=environment)
+    del client
+    gc.collect()  # now its sockets warn that nobody closed them, and not in a later test, which takes warnings for errors
     assert packages(runtime) - before == {"tutorial_moco"}
     printed = "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", ()))
     assert "[OK] info_nce agrees with tutorial_moco.losses.info_nce" in printed
