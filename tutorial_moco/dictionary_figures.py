@@ -96,7 +96,7 @@ def ring(ages: Tensor, pointer: int, title: str = "") -> Figure:
     bars.set(xlim=(-0.6, K - 0.4), ylim=(-0.3, max(4, ages.max()) * 1.18))
     _label(bars, "place in the queue", "age of its key (steps)")
     if (ages < 0).any():
-        bars.legend(frameon=False, fontsize=8, loc="upper right")
+        bars.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="upper right")
     fig.text(0.5, 0.94, title, ha="center", fontsize=10)
     return fig
 

@@ -11,6 +11,7 @@ Every function raises `DataError`, one line that says what is missing, if there 
 
 import math
 from collections.abc import Callable, Iterable
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,6 +42,7 @@ DRIFT_COLOURS = ("#6DB6E8", "#0072B2", "#00304D")  # from a fast key encoder to 
 REFERENCE_COLOURS = {False: "#0072B2", True: "#CC5F9E"}  # asymmetric, symmetric
 MARKERS = {"moco": "o", "memory_bank": "s", "end_to_end": "^"}
 V1, V2 = "arXiv 1911.05722", "arXiv 2003.04297"
+LETTERS_OF_AN_INCH = 15.5  # in the small line under a picture
 
 # Linear top-1 on ImageNet, ResNet-50, percent. In Figure 3 the values at 65,536 and MoCo's at 4,096 are also in the text.
 PAPER_K = {
@@ -496,8 +498,9 @@ def title(axes: Axes, text: str) -> None:
 
 
 def under(fig: Figure, text: str) -> None:
-    """A small line under everything."""
-    fig.supxlabel(text, fontsize=8, color=GREY)
+    """Small lines under everything, broken where they would leave the picture."""
+    lines = [fill(line, int(LETTERS_OF_AN_INCH * fig.get_figwidth())) for line in text.split("\n")]
+    fig.supxlabel("\n".join(lines), fontsize=8, color=GREY)
 
 
 def legend_above(fig: Figure, axes: Axes) -> None:
