@@ -73,8 +73,11 @@ def rows():
 
 
 def drawn(figure):
-    """Render, as a report would: layout and fonts complain here if they do."""
-    FigureCanvasAgg(figure).draw()
+    """Render, as a report would: layout and fonts complain here if they do, and no line under a picture may leave it."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in figure.texts]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
     return figure
 
 

@@ -145,7 +145,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
 def mean_and_bar(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the length of its error bar: of two seeds from one to the other, of more the 95 % interval; of one NaN.
 
-    The interval of two is six times as long as the two are apart, which would hide in a picture what the rows say.
+    The interval of two is thirteen times as long as the two are apart, which would hide in a picture what the rows say.
     """
     if len(values) == 2:
         return float(mean(values)), abs(values[0] - values[1]) / 2
