@@ -3,6 +3,8 @@
 Prints a table of n of n, and leaves the graded class in build/classroom: grades.csv, points.csv, class.html, feedback/.
 """
 
+import contextlib
+import io
 import shutil
 import sys
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell
 from scoring import answers, score
+from tqdm.auto import tqdm
 
 from tutorial_moco.classroom import release
 from tutorial_moco.classroom.grade import NOT_ISOLATED, grade
@@ -26,7 +29,7 @@ MARKER, CANARY = Path("/tmp/moco-was-here"), (BUILD / "canary").absolute()  # to
 def tried(quick: bool) -> list[list[str]]:
     """For each assignment: solution and untouched version, then wrong and right answers, n of n."""
     table = [["assignment", "solution", "untouched", "wrong answers found", "right answers in full"]]
-    for name in release.NAMES:
+    for name in tqdm(release.NAMES, desc="wrong and right answers", unit="assignment"):
         expected = release.points_of(release.read_source(name))
         last = "train-check" if quick and name == "A4" else None
         full = {test: points for test, (points, _) in score(name, upto=last).items()}
@@ -203,7 +206,8 @@ def main() -> int:
     """All of it; returns 1 if something is not as it should be."""
     quick = "--quick" in sys.argv
     release.main()
-    table = tried(quick)
+    with contextlib.redirect_stdout(io.StringIO()):  # what the answers themselves print
+        table = tried(quick)
     print(text_table(table))
     began = time.perf_counter()
     expected = hand_in(BUILD / "submitted")
