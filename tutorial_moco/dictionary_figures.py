@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
 from tutorial_moco.evidence import apart
-from tutorial_moco.figures import COLOURS, TITLES, bare, figure
+from tutorial_moco.figures import COLOURS, TITLES, VEILED, bare, figure
 
 M_COLOURS = {0.0: "#D55E00", 0.5: "#CC79A7", 0.9: "#6DB6E8", 0.99: "#0072B2", 0.999: "#00304D", 1.0: "#777777"}
 NEW, RANDOM, GREY = "#D55E00", "#BBBBBB", "#555555"
@@ -25,7 +25,6 @@ C = 128  # numbers in a key
 AGE_BIN = 8  # steps
 FEW_KEYS = 30  # of a bank's age: with fewer their mean is noise
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}  # a name that a line may run under
 
 # Loss of the official notebook's run on CIFAR-10 (facebookresearch/moco, moco_cifar10_demo): ResNet-18, batch 512, K 4,096.
 OFFICIAL_K, OFFICIAL_LOSS = 4096, {
@@ -323,7 +322,7 @@ def drift_laboratory(
     lowest = min(point["cosine"] for points in (*curves.values(), bank) for point in points)
     axes.set(xscale="log", xlim=(1, last * 1.05), ylim=(min(0.0, lowest - 0.05), 1.02))
     for name, age, height, colour in apart(axes, ends, gap=0.062):
-        axes.text(1.06 * age, height, name, color=colour, fontsize=8.5, va="center", bbox=BACKED)
+        axes.text(1.06 * age, height, name, color=colour, fontsize=8.5, va="center", bbox=VEILED)
     _ticks(axes.xaxis, [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= last * 1.05])
     _label(axes, "age of a key (steps)", "cosine with its view encoded now")
     held = [point for point in curves[m] if point["age"] <= reach] or curves[m][:1]

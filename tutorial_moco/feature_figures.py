@@ -19,7 +19,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from tutorial_moco.evidence import line, log_ticks
-from tutorial_moco.figures import CLASS_COLOURS, COLOURS, MARKERS, TITLES, bare, figure
+from tutorial_moco.figures import BACKED, CLASS_COLOURS, COLOURS, MARKERS, TITLES, bare, figure, running_mean
 from tutorial_moco.pretrain import Run
 from tutorial_moco.results import along, field, mean_and_bar, mean_and_interval, of_experiment, step_memory, step_ms, values
 
@@ -55,7 +55,7 @@ def knn_readings(accuracies: dict[float, dict[int, float]], marked: Sequence[tup
             "fontsize": 8.5,
             "color": LOUD,
             "ha": "center",
-            "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+            "bbox": BACKED,
         }
         above = place[1] == max(points[k] for points in accuracies.values())  # where no line runs
         axes.annotate(f"k = {k}, T = {temperature:g}", place, (0, 15 if above else -20), textcoords="offset points", **style)
@@ -355,7 +355,7 @@ def run_curves(runs: dict[str, Run], levels: dict[str, float] | None = None) -> 
             points = getattr(run, record)
             marker, values = "osD^"[number] if axes is knn else None, [point[value] for point in points]
             if axes is pretext:  # of one batch each
-                values = _running_mean(values, 3)
+                values = running_mean(values, 3)
             axes.plot([point["step"] for point in points], values, marker=marker, markersize=4, **style)
     for K in sorted({run.losses[-1]["K"] for run in runs.values() if run.losses}):
         _level(loss, math.log(K + 1), f"log({K:,} + 1)")
@@ -382,7 +382,7 @@ def momentum_live(curves: dict[float, list[tuple[int, float, float]]], K: int, s
     colours = (COLOURS["moco"], LOUD, COLOURS["end_to_end"], COLOURS["simclr"], COLOURS["memory_bank"])
     for (m, points), colour, dashes in zip(curves.items(), colours, ("-", "--", "-.", ":", "-"), strict=False):
         for axes, column in ((loss, 1), (pretext, 2)):
-            values = _running_mean([point[column] for point in points], 5)
+            values = running_mean([point[column] for point in points], 5)
             axes.plot([point[0] for point in points], values, dashes, color=colour, label=f"m = {m:g}")
     if not any(curves.values()):
         fig.text(0.5, 0.5, "press Run", ha="center", fontsize=12, color=GREY)
@@ -395,10 +395,6 @@ def momentum_live(curves: dict[float, list[tuple[int, float, float]]], K: int, s
         axes.set(xlabel="steps", xlim=(0, 1.02 * steps))
         _dressed(axes).title.set_fontsize(10)
     return fig
-
-
-def _running_mean(values: list[float], width: int) -> list[float]:
-    return [float(np.mean(values[max(0, i - width + 1) : i + 1])) for i in range(len(values))]
 
 
 def _level(axes: Axes, height: float, text: str, left: bool = False) -> None:

@@ -36,7 +36,8 @@ CLASS_COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A900", "#000000", "#8C564B", "#7F7F7F",
 )  # fmt: skip
 MARKERS = "os^Dv<>pPX"
-_BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a label that a line may run under
+BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a label that a line may run under
+VEILED = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}  # the same, and one may see what is below
 
 
 def figure(width: float = 6.0, height: float = 3.4) -> Figure:
@@ -70,7 +71,7 @@ def loss_curves(runs: list[dict]) -> Figure:
         if full:
             axes.plot(full["images_seen"], full["loss"], "o", color=colour, markeredgecolor="black", zorder=5)
             axes.annotate(
-                "queue full", (full["images_seen"], full["loss"]), (8, -9), textcoords="offset points", fontsize=8, bbox=_BACKED
+                "queue full", (full["images_seen"], full["loss"]), (8, -9), textcoords="offset points", fontsize=8, bbox=BACKED
             )
     for K, colours in sorted(guesses.items()):
         axes.axhline(math.log(K + 1), linestyle="--", linewidth=1, color=colours[0] if len(colours) == 1 else "#444444")
@@ -85,7 +86,7 @@ def accuracy_curves(runs: list[dict]) -> Figure:
     pretext, knn = fig.subplots(1, 2)
     for run in runs:
         style = {"color": COLOURS[run["mechanism"]], "label": TITLES[run["mechanism"]], "linewidth": 1.4}
-        smooth = _running_mean([p["pretext_accuracy"] for p in run["losses"]], 5)
+        smooth = running_mean([p["pretext_accuracy"] for p in run["losses"]], 5)
         pretext.plot([p["images_seen"] for p in run["losses"]], smooth, **style)
         knn.plot([p["images_seen"] for p in run["monitor"]], [p["knn_top1"] for p in run["monitor"]], marker="o", **style)
     pretext.set(xlabel="images seen", ylabel="pretext accuracy (%)", title="Which key is mine?", ylim=(0, 100))
@@ -107,7 +108,7 @@ def accuracy_bars(results: dict[str, dict], chance: float) -> Figure:
             if result.get(field) is not None:
                 axes.barh(row + offset, result[field], 0.38, color=COLOURS[name], alpha=alpha)
                 label = f"{result[field]:.1f} {'kNN' if field == 'knn_top1' else 'linear'}"
-                axes.text(result[field] + 0.8, row + offset, label, va="center", fontsize=8, zorder=3, bbox=_BACKED)
+                axes.text(result[field] + 0.8, row + offset, label, va="center", fontsize=8, zorder=3, bbox=BACKED)
     axes.axvline(chance, linestyle="--", linewidth=1, color="#444444")
     axes.text(chance + 0.5, len(results) - 0.42, "chance", fontsize=8, va="center")
     axes.set_yticks(range(len(results)), [TITLES[name] for name in results])
@@ -185,7 +186,8 @@ def _show(axes, image: Tensor, frame: str | None = None) -> None:
     axes.spines[:].set(visible=frame is not None, color=frame or "black", linewidth=2.5)
 
 
-def _running_mean(values: list[float], width: int) -> list[float]:
+def running_mean(values: list[float], width: int) -> list[float]:
+    """Of each value and those before it, ``width`` of them where there are so many."""
     return [float(np.mean(values[max(0, i - width + 1) : i + 1])) for i in range(len(values))]
 
 

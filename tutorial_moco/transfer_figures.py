@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from tutorial_moco.evidence import SUPERVISED, bars_of
-from tutorial_moco.figures import CLASS_COLOURS, figure
+from tutorial_moco.figures import CLASS_COLOURS, VEILED, figure
 from tutorial_moco.figures import COLOURS as MECHANISMS
 from tutorial_moco.figures import TITLES as NAMES
 from tutorial_moco.results import mean_and_bar
@@ -21,7 +21,6 @@ COLOURS = MECHANISMS | {"supervised": SUPERVISED}
 TITLES = NAMES | {"supervised": "with labels", "untrained": "fresh weights"}
 STARTS = ("untrained", "memory_bank", "end_to_end", "moco", "supervised")
 _POINT = {"marker": "o", "linestyle": "none", "markeredgecolor": "black", "markersize": 4.5}
-_BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
 
 
 def detections(
@@ -165,7 +164,7 @@ def _draw_objects(axes: Axes, objects: dict[str, Tensor], classes: tuple[str, ..
         colour = _colour(label)
         axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4))
         words = classes[label - 1] + ("" if scores is None else f" {100 * scores[i]:.0f}")
-        axes.text(x0, max(y0 - 2, 4), words, fontsize=6, color=colour, bbox=_BACKED, clip_on=True)
+        axes.text(x0, max(y0 - 2, 4), words, fontsize=6, color=colour, bbox=VEILED, clip_on=True)
         if "masks" in objects:
             mask = objects["masks"][i].reshape(objects["masks"].shape[-2:]).numpy() >= 0.5
             axes.imshow(np.dstack([np.broadcast_to(to_rgb(colour), (*mask.shape, 3)), 0.45 * mask]))
