@@ -3,7 +3,7 @@
 import ast
 import math
 from copy import deepcopy
-from itertools import islice
+from itertools import combinations, islice
 
 import numpy as np
 import pytest
@@ -231,6 +231,14 @@ def test_the_laboratory_averages_what_a_queue_of_k_would_hold():
     assert "up to 3 steps" in fig.texts[0].get_text()
     assert "cosine 0.800 on average, 0.700 for the oldest" in fig.texts[0].get_text()
     assert [len(line.get_xdata()) for line in fig.axes[0].lines] == [5, 5, 4]
+
+
+def test_names_of_lines_that_end_together_stay_apart_and_below_the_title():
+    points = [{"age": age, "cosine": 1.0, "sd": 0.01, "count": 4} for age in range(1, 6)]
+    fig = dictionary_figures.drift_laboratory(dict.fromkeys((0.0, 0.9, 0.99, 0.999, 1.0), points), 0.9, K=12, batch=4)
+    boxes = [text.get_window_extent() for text in (*fig.axes[0].texts, *fig.texts)]
+    assert len(boxes) == 6
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_by_age_keeps_every_key():

@@ -516,14 +516,21 @@ def name_line(axes: Axes, text: str, x: float, y: float, colour: str, **place) -
 
 
 def apart(axes: Axes, ends: list[tuple[str, float, float, str]], gap: float = 0.07) -> list[tuple[str, float, float, str]]:
-    """The ends (name, x, y, colour) of lines, moved up where the name below would touch; ``gap`` is a share of the height."""
+    """The ends (name, x, y, colour) of lines, moved where two names would touch; ``gap`` is a share of the height.
+
+    Upwards first; then, from the top of the axes, downwards, lest a name runs into what is written above them.
+    """
     low, high = axes.get_ylim()
-    moved, floor = [], low
-    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
-        floor = max(y, floor)
-        moved.append((name, x, floor, colour))
-        floor += gap * (high - low)
-    return moved
+    ends, gap = sorted(ends, key=lambda end: end[2]), gap * (high - low)
+    places, floor = [], low
+    for _, _, y, _ in ends:
+        places.append(max(y, floor))
+        floor = places[-1] + gap
+    ceiling = high
+    for number in reversed(range(len(ends))):
+        places[number] = min(places[number], ceiling)
+        ceiling = places[number] - gap
+    return [(name, x, place, colour) for (name, x, _, colour), place in zip(ends, places, strict=True)]
 
 
 def log_ticks(axes: Axes, places: Iterable[float], names: list[str], base: float = 10) -> None:
