@@ -2,6 +2,9 @@
 
 `make notebooks` runs them on the images of $TUTORIAL_MOCO_DATA, on CIFAR-10 if it is not set. Live widgets are left out of
 what is saved, since without their kernel they show an error; each has its first picture beside it. Progress bars go too.
+
+``python book/execute.py --train`` tries the other way through the chapters, TRAIN = True in each; it writes what comes of it
+to build/trained/ and leaves the chapters as they are.
 """
 
 import argparse
@@ -18,18 +21,31 @@ from nbclient.exceptions import CellExecutionError
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LIMIT = 2 * 2**20  # bytes of a chapter with its outputs
+TRAINED = NOTEBOOKS.parent / "build" / "trained"
 
 
-def execute(path: Path) -> None:
-    """Run a notebook from the top in a fresh kernel and write it back; it stays as it was if a cell fails."""
+def execute(path: Path, train: bool = False) -> None:
+    """Run a notebook from the top in a fresh kernel and write it back; nothing is written if a cell fails."""
     book = nbformat.read(path, as_version=4)
+    into = path
+    if train:
+        switch_on(book)
+        TRAINED.mkdir(parents=True, exist_ok=True)
+        into = TRAINED / path.name
     began = time.perf_counter()
-    NotebookClient(book, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(book, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     strip(book)
     text = nbformat.writes(book)
     complain(path, text)
-    path.write_text(text + "\n", encoding="utf-8")
-    print(f"{path.name}: {time.perf_counter() - began:.0f} s, {len(text) / 1024:,.0f} kB")
+    into.write_text(text + "\n", encoding="utf-8")
+    print(f"{path.name}: {time.perf_counter() - began:.0f} s, {len(text) / 1024:,.0f} kB", flush=True)
+
+
+def switch_on(book: nbformat.NotebookNode) -> None:
+    """Set the one switch of a chapter, where it has one, as a reader would."""
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            cell.source = re.sub(r"^TRAIN = False\b", "TRAIN = True", cell.source, flags=re.M)
 
 
 def strip(book: nbformat.NotebookNode) -> None:
@@ -63,12 +79,13 @@ def main() -> int:
     """Run all notebooks, or those whose names begin as given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="beginnings of names, such as 01; all if left out")
-    names = parser.parse_args().names
+    parser.add_argument("--train", action="store_true", help="with TRAIN = True, to build/trained/ instead (an hour for all)")
+    asked = parser.parse_args()
     os.environ["TUTORIAL_MOCO_FRAMES"] = "1"  # the book's sliders need every picture
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        if not names or path.name.startswith(tuple(names)):
+        if not asked.names or path.name.startswith(tuple(asked.names)):
             try:
-                execute(path)
+                execute(path, asked.train)
             except CellExecutionError as error:
                 print(f"{path.name}: {error}", file=sys.stderr)
                 return 1
