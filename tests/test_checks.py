@@ -114,6 +114,8 @@ ENQUEUE = {
     "the pointer is 0, not": old_pointer,
     "pointer is": pointer_not_wrapped,
     "unchanged": renamed,
+    "returns a tuple, not a place": lambda queue, pointer, keys: (queue, right_enqueue(queue, pointer, keys)),
+    "returns a Tensor, not a place": lambda queue, pointer, keys: (right_enqueue(queue, pointer, keys), queue)[1],
     "returns nothing": lambda queue, pointer, keys: right_enqueue(queue, pointer, keys) and None,
     "not written yet": unwritten,
 }
@@ -150,7 +152,22 @@ def renaming(encoder, key_encoder, m):
         theta_k = m * theta_k + (1 - m) * theta_q
 
 
+def the_first_only(encoder, key_encoder, m):
+    with torch.no_grad():
+        for theta_k, theta_q in zip(key_encoder.parameters(), encoder.parameters(), strict=True):
+            theta_k.mul_(m).add_((1 - m) * theta_q)
+            return
+
+
+def spoiling_a_bias(encoder, key_encoder, m):
+    update(lambda k, q, m: m * k + (1 - m) * q)(encoder, key_encoder, m)
+    with torch.no_grad():
+        key_encoder.bias.zero_()
+
+
 UPDATE = {
+    "only the first parameter": the_first_only,
+    "none of the usual mistakes": spoiling_a_bias,
     "wrong way round": update(lambda k, q, m: m * q + (1 - m) * k),
     "that is m = 0": update(lambda k, q, m: q),
     "without being scaled": update(lambda k, q, m: k + (1 - m) * q),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from tutorial_moco import losses
 from tutorial_moco.mechanisms import MoCo
@@ -129,6 +130,7 @@ def check_enqueue(yours: Callable) -> None:
             pointer = _called(yours, f"enqueue (K={K}, a batch of {len(batch)})", queue, pointer, batch)
             if pointer is None:
                 raise CheckFailed("enqueue: it returns nothing. Return the new pointer, the place of the oldest key.")
+            found = _place(pointer)
             expected, place = right[step]
             if torch.equal(queue, before):
                 raise CheckFailed("enqueue: the queue is unchanged. Write into it in place: queue[...] = keys.")
@@ -136,12 +138,23 @@ def check_enqueue(yours: Callable) -> None:
                 raise CheckFailed(
                     f"enqueue: {_enqueue_mistake(queue, expected, before, batch)} (K={K}, a batch of {len(batch)})"
                 )
-            if int(pointer) != place:
+            if found != place:
                 raise CheckFailed(
-                    f"enqueue: the keys are in place but the pointer is {int(pointer)}, not {place} (K={K}, a batch of "
+                    f"enqueue: the keys are in place but the pointer is {found}, not {place} (K={K}, a batch of "
                     f"{len(batch)}). After the last place comes place 0: (pointer + N) % K."
                 )
     print("[OK] enqueue behaves as MoCo.enqueue does, for any K and any batch")
+
+
+def _place(pointer) -> int:
+    """A pointer as a number, be it one or a tensor of one."""
+    try:
+        return int(pointer)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(pointer).__name__
+        raise CheckFailed(
+            f"enqueue: it returns a {kind}, not a place. Return the new pointer alone: the queue is written in place."
+        ) from None
 
 
 def _ring(K: int, batches: list[Tensor]) -> tuple[Tensor, int]:
@@ -174,20 +187,23 @@ def check_momentum_update(yours: Callable) -> None:
     with torch.no_grad():
         for number, parameter in enumerate([*encoder.parameters(), *key_encoder.parameters()]):
             parameter.copy_(_unit(*parameter.shape, seed=number) if parameter.ndim == 2 else torch.full_like(parameter, number))
-    q, k = encoder.weight.detach().clone(), key_encoder.weight.detach().clone()
+    q, k = (parameters_to_vector(one.parameters()).detach() for one in (encoder, key_encoder))
     _called(yours, "momentum_update", encoder, key_encoder, m)
-    if not torch.equal(encoder.weight, q):
+    if not torch.equal(parameters_to_vector(encoder.parameters()), q):
         raise CheckFailed(
             "momentum_update: the query encoder has moved. Only the key encoder follows; the optimizer moves f_q."
         )
-    if key_encoder.weight.requires_grad and key_encoder.weight.grad_fn is not None:
+    if any(parameter.grad_fn is not None for parameter in key_encoder.parameters()):
         raise CheckFailed("momentum_update: the update is part of the gradient's graph. Put it under torch.no_grad().")
-    _diagnose("momentum_update", key_encoder.weight.detach(), m * k + (1 - m) * q, {
+    weights = encoder.weight.numel()  # they come first in the vectors, the biases after them
+    _diagnose("momentum_update", parameters_to_vector(key_encoder.parameters()).detach(), m * k + (1 - m) * q, {
         "it is the wrong way round: with m near 1 the key encoder keeps most of itself, m * theta_k + (1 - m) * theta_q.":
             m * q + (1 - m) * k,
         "nothing has changed. Change the parameters in place (p.mul_(m).add_(...)); `p = ...` only renames.": k,
         "it copies the query encoder: that is m = 0.": q,
         "theta_k is added without being scaled by m.": k + (1 - m) * q,
+        "only the first parameter has moved. Go through all of them, biases too: no `break` or `return` inside the loop.":
+            torch.cat([(m * k + (1 - m) * q)[:weights], k[weights:]]),
     })  # fmt: skip
     print("[OK] momentum_update is equation 2, as MoCo.update_key_encoder")
 
