@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import subprocess
 import sys
 import tarfile
 import urllib.error
@@ -22,7 +23,7 @@ import tutorial_moco
 from tutorial_moco import cli, compare
 from tutorial_moco.images import load_images
 from tutorial_moco.pretrain import pretrain
-from tutorial_moco.provenance import provenance
+from tutorial_moco.provenance import git_commit, provenance
 from tutorial_moco.recipes import RECIPES, Recipe
 
 SMALL = ["--encoder", "tiny", "--dim", "8", "--K", "16", "--batch-size", "16", "--precision", "float32"]
@@ -365,6 +366,25 @@ def test_an_interruption_ends_with_status_130_and_one_line(monkeypatch):
 
 def test_a_results_command_names_no_folder_of_the_machine(monkeypatch):
     words = ["/somewhere/bin/tutorial-moco", "pretrain", "--data", "/somewhere/else/pictures.tar", "--out", "runs/mine"]
+    words += ["--json=/somewhere/secret/result.json"]
     monkeypatch.setattr(sys, "argv", words)
     facts = provenance(load_images("digits", "test"), torch.device("cpu"))
-    assert facts["command"] == "tutorial-moco pretrain --data pictures.tar --out runs/mine"
+    assert facts["command"] == "tutorial-moco pretrain --data pictures.tar --out runs/mine --json=result.json"
+
+
+def test_a_package_that_lies_in_another_projects_checkout_has_no_commit(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True)
+
+    installed = tmp_path / ".venv" / "provenance.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "theirs")
+    monkeypatch.setattr("tutorial_moco.provenance.__file__", str(installed))
+    assert git_commit() is None
+    git("add", "-f", ".venv")
+    git("commit", "-q", "-m", "ours")
+    assert len(git_commit()) == 12

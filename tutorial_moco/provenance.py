@@ -30,8 +30,13 @@ def provenance(data: ImageSet, device: torch.device) -> dict[str, object]:
 
 
 def _without_folders(words: list[str]) -> list[str]:
-    """A command whose absolute paths are names alone: the folders of a machine are nobody else's."""
-    return [Path(word).name if os.path.isabs(word) else word for word in [Path(words[0]).name, *words[1:]]]
+    """A command whose absolute paths are names alone, behind ``--flag=`` too: the folders of a machine are nobody else's."""
+
+    def named(word: str) -> str:
+        flag, equals, path = word.rpartition("=")
+        return flag + equals + (Path(path).name if os.path.isabs(path) else path)
+
+    return [Path(words[0]).name, *map(named, words[1:])]
 
 
 def _skipped(data) -> list[str]:
@@ -43,9 +48,11 @@ def _skipped(data) -> list[str]:
 def git_commit() -> str | None:
     """The checkout's commit, ``+`` behind it if files of code differ from it; None outside a checkout.
 
-    data/ is left out: a row that is added there makes no other row another's work.
+    data/ is left out: a row that is added there makes no other row another's work. A package that was installed somewhere
+    in another project's checkout is none of that project's files.
     """
     try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
         commit = _git("rev-parse", "--short=12", "HEAD").strip()
         return commit + "+" * bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)data"))
     except (OSError, subprocess.SubprocessError):
