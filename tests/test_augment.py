@@ -297,6 +297,15 @@ def test_blur_is_scaled_with_the_size_of_the_view():
     torch.testing.assert_close(denormalised(found), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [96, 224, 448])
+def test_a_strong_blur_is_whole_whatever_the_size_of_the_view(size):
+    images = random_images(n=2, size=size)
+    found = view_of(images, dataclasses.replace(NOTHING, blur=1.0, blur_sigma=(2.0, 2.0)))
+    sigma = 2 * size / 224
+    expected = TF.gaussian_blur(images / 255, kernel_size=[65, 65], sigma=[sigma, sigma])
+    torch.testing.assert_close(denormalised(found), expected, rtol=0, atol=1e-4)
+
+
 def test_the_recipes_say_what_their_papers_say():
     v1, v2_, v3 = (AUGMENTATIONS[name] for name in ("v1", "v2", "v3"))
     assert v1[0] == v1[1] == Augmentation((0.2, 1.0), SQUARE, (0.4, 0.4, 0.4, 0.4), 1.0, 0.2)

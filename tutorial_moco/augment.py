@@ -22,7 +22,7 @@ GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma, the weights of torchvision an
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # CIFAR-10's; any fixed numbers near the data's serve
 _QUARTER_TURN = ((0.0, -1.0, 1.0), (1.0, 0.0, -1.0), (-1.0, 1.0, 0.0))  # about the gray axis, red to green to blue
 _AS_IT_IS = (1.0, 1.0, 1.0, 0.0)  # the factors of a colour jitter that does nothing
-BLUR_REACH = 8  # pixels: four times the largest spread of any recipe here, at 224 pixels
+BLUR_REACH = 8  # pixels at 224: four times the largest spread of any recipe here, which grows with the view
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to the central crop
 
 
@@ -272,8 +272,9 @@ def blur_some(x: Tensor, chosen: Tensor, sigma: Tensor) -> Tensor:
     if len(rows) == 0:
         return x
     size = x.shape[-1]
-    if not x.is_cuda and size > 4 * BLUR_REACH:  # a processor is quicker with few taps than with a product of matrices
-        return x.index_copy(0, rows, _convolved(x[rows], gaussian(sigma[rows], BLUR_REACH)))
+    reach = max(BLUR_REACH, math.ceil(BLUR_REACH * size / 224))
+    if not x.is_cuda and size > 4 * reach:  # a processor is quicker with few taps than with a product of matrices
+        return x.index_copy(0, rows, _convolved(x[rows], gaussian(sigma[rows], reach)))
     offset, kernel = torch.arange(-size + 1, size, device=x.device), gaussian(sigma[rows], size - 1)
     target = (torch.arange(size, device=x.device)[:, None] + offset).abs()
     target = torch.where(target >= size, 2 * (size - 1) - target, target)
