@@ -30,6 +30,12 @@ def test_memory_and_bytes_are_those_of_the_formula():
     assert estimate(recipe, 10_000, 1).sent_bytes == 0
     assert estimate(recipe, 10_000, 4).sent_bytes == pytest.approx(4 * (1.5 * weights + 3 * 16 * 16))
     assert cost.images_sent_bytes == 32 * 4 * 3 * 32 * 32
+    symmetric = estimate(recipe.replace(symmetric=True), 10_000, 2)
+    assert symmetric.sent_bytes - cost.sent_bytes == 4 * 32 * 16  # keys of the other views
+    both = recipe.replace(mechanism="simclr"), recipe.replace(mechanism="end_to_end")
+    simclr, end_to_end = (estimate(each, 10_000, 2).sent_bytes for each in both)
+    assert simclr == 4 * (weights + 6 * 32 * 16)  # both views, and what comes back to each
+    assert end_to_end == 4 * (2 * weights + 3 * 32 * 16)
     halves = estimate(recipe.replace(accumulate=2), 10_000, 2)
     assert halves.memory_bytes < cost.memory_bytes
     assert halves.hours == cost.hours

@@ -17,6 +17,7 @@ IMAGES = {"imagenet": 1_281_167, "imagenet100": 126_689}  # to train on, by how 
 OTHERS = 50_000  # of CIFAR-10
 BFLOAT16, FLOAT32 = 2, 4  # bytes
 TIMES_FORWARD = {"moco": 4, "memory_bank": 3, "end_to_end": 6, "simclr": 6, "moco_v3": 8}  # a backward pass costs two
+KEYS_SENT = {"moco": 1, "memory_bank": 1, "end_to_end": 3, "simclr": 6, "moco_v3": 2}  # of an image; a gradient back is two
 VIEWS_KEPT = {"moco": 1, "memory_bank": 1, "end_to_end": 2, "simclr": 2, "moco_v3": 2}  # for the backward pass
 
 
@@ -28,7 +29,7 @@ class Cost:
         steps: of the whole training. hours: at ``images_per_second`` on each GPU.
         flops: of an image in a step, forward and backward, of both encoders.
         memory_bytes: of a GPU: weights, gradients, the optimizer's state, the dictionary, what the backward pass keeps, logits.
-        sent_bytes: by a GPU in a step: gradients, by a ring, and its keys.
+        sent_bytes: by a GPU in a step: gradients, by a ring, its keys, and the gradients of keys that are trained through.
         images_sent_bytes: what shuffling BN by sending the images would add.
     """
 
@@ -63,11 +64,13 @@ def estimate(recipe: Recipe, n: int, gpus: int, images_per_second: float | None 
     trained, slow = _weights(recipe, encoder)
     states = {"sgd": 1, "lars": 1, "adamw": 2}[recipe.optimizer]
     keys = {"moco": recipe.K, "memory_bank": n}.get(recipe.mechanism, 0)
-    negatives = recipe.K if recipe.mechanism in ("moco", "memory_bank") else recipe.batch_size
+    of_batch = recipe.batch_size * (1 if recipe.mechanism == "end_to_end" else 2)  # both views are keys
+    negatives = recipe.K if recipe.mechanism in ("moco", "memory_bank") else of_batch
     memory = FLOAT32 * ((2 + states) * trained + slow + keys * recipe.dim)
     rows = own * views * VIEWS_KEPT[recipe.mechanism]
     memory += rows * kept + 2 * FLOAT32 * min(rows * negatives, LOGITS_AT_ONCE)
-    sent = FLOAT32 * (2 * (gpus - 1) / gpus * trained + (gpus - 1) * own * recipe.accumulate * recipe.dim) if gpus > 1 else 0
+    keys_sent = (gpus - 1) * own * recipe.accumulate * views * KEYS_SENT[recipe.mechanism]
+    sent = FLOAT32 * (2 * (gpus - 1) / gpus * trained + keys_sent * recipe.dim)
     size = 3 * (recipe.view_size or 32) ** 2
     steps = recipe.epochs * (n // recipe.batch_size)
     hours = steps * recipe.batch_size / (images_per_second * gpus) / 3600
