@@ -38,6 +38,7 @@ FLAGS = {  # sensible values; now and then a wild one takes their place
     "norm": ["batch", "split:2", "split:8", "group", "split:0", "split:x"],
     "K": ["1", "16", "63", "64", "1000"],
     "m": ["0", "0.5", "0.99", "1"],
+    "m-rises": ["True", "False"],
     "temperature": ["0.07", "0.2", "5"],
     "loss": ["info_nce", "nce"],
     "symmetric": ["True", "False"],
@@ -45,9 +46,10 @@ FLAGS = {  # sensible values; now and then a wild one takes their place
     "bank-momentum": ["0", "0.5", "0.9"],
     "augmentation": ["v1", "v2", "v3", "cifar", "small", "shapes", "none"],
     "batch-size": ["2", "3", "16", "64", "65"],
+    "accumulate": ["1", "2", "8", "16"],
     "epochs": ["1", "5"],
     "minutes": ["0.1", "3"],
-    "optimizer": ["sgd", "adamw"],
+    "optimizer": ["sgd", "adamw", "lars"],
     "lr": ["0.001", "0.12"],
     "schedule": ["cosine", "steps"],
     "warmup": ["0", "0.3"],
@@ -66,7 +68,7 @@ def configuration(draw):
     words = []
     for name in draw.sample(sorted(FLAGS), draw.randint(1, 8)):
         value = draw.choice(WILD if draw.random() < 0.12 else FLAGS[name])
-        if name in ("symmetric", "shuffle") and value in ("True", "False"):
+        if name in ("symmetric", "shuffle", "m-rises") and value in ("True", "False"):
             words.append(f"--{name}" if value == "True" else f"--no-{name}")
         else:
             words += [f"--{name}", value] if draw.random() < 0.7 else [f"--{name}={value}"]

@@ -138,9 +138,16 @@ def test_broken_code_fails_its_test(mutation, copy, held):
     environment = {name: value for name, value in os.environ.items() if name != "TUTORIAL_MOCO_FAULTS"}
     environment["PYTHONPATH"] = str(copy)  # so that programs which a test starts are broken, too
     words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test]
+
+    def tried():
+        return subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True)
+
+    if FULL:  # else the whole of the tests runs the sound code anyhow
+        done = tried()
+        assert done.returncode == 0, f"it fails without being broken\n{done.stdout}"
     try:
         path.write_text(sound.replace(mutation.code, mutation.instead))
-        done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True)
+        done = tried()
     finally:
         path.write_text(sound)
     assert done.returncode == 1, done.stdout  # 1: a test has failed; others: none was found, or pytest itself
