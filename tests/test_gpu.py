@@ -76,7 +76,8 @@ def test_all_parts_at_once_are_part_by_part():
 @pytest.mark.parametrize("changes", [
     {}, {"symmetric": True}, {"accumulate": 2}, {"mechanism": "memory_bank", "norm": "batch", "shuffle": False},
     {"mechanism": "end_to_end", "norm": "batch", "shuffle": False}, {"mechanism": "simclr", "norm": "batch", "shuffle": False},
-], ids=["moco", "symmetric", "in_parts", "memory_bank", "end_to_end", "simclr"])  # fmt: skip
+    {"mechanism": "moco_v3", "norm": "batch", "shuffle": False, "head": "mlp3", "temperature": 1.0},
+], ids=["moco", "symmetric", "in_parts", "memory_bank", "end_to_end", "simclr", "moco_v3"])  # fmt: skip
 def test_a_compiled_run_takes_the_same_steps(changes, images):
     """Kernels that add in another order differ in the last digits, and training multiplies that."""
     recipe = RECIPE.replace(**changes)

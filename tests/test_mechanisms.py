@@ -37,6 +37,7 @@ from tutorial_moco import encoders, losses, mechanisms
 from tutorial_moco import pretrain as training
 from tutorial_moco.checkpoint import pack, unpack
 from tutorial_moco.images import ImageSet
+from tutorial_moco.randomness import permutation
 from tutorial_moco.recipes import Recipe
 
 CPU = torch.device("cpu")
@@ -411,6 +412,15 @@ def test_the_memory_bank_samples_K_distinct_keys_and_excludes_a_querys_own(K):
         bank.update_dictionary(mechanisms.Contrast(bank.bank.clone(), k, negatives), index)  # rewrites what is there
     if K > 1:
         assert not torch.allclose(samples[0], samples[1])
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_the_banks_sample_has_nothing_to_do_with_the_order_of_an_epoch(step):
+    bank = mechanisms.MemoryBank(vectors_as_they_are(), n=200, K=100)
+    bank.steps.fill_(step)
+    batch = permutation(200, 0, step)[:50]
+    own = bank.contrast(unit(50, 4, 9), unit(50, 4, 9), batch).exclude.sum()
+    assert 15 <= own <= 35  # of 50, half of them by chance
 
 
 def test_a_bank_with_K_of_n_minus_1_uses_every_other_image():

@@ -94,8 +94,8 @@ def test_v3_comes_with_its_predictor(tmp_path):
     mechanism.eval()
     view = torch.randn(2, 3, 64, 64)
     expected = predictor(q(view))
-    torch.testing.assert_close(mechanism.predictor(mechanism.encoder.project(view)), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(mechanism.key_encoder.project(view), k(view), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mechanism.predictor(mechanism.encoder(view, unit=False)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mechanism.key_encoder(view, unit=False), k(view), rtol=1e-4, atol=1e-5)
 
 
 class Block(nn.Module):
@@ -144,8 +144,8 @@ def test_v3s_transformers_are_read_too(tmp_path):
     mechanism, recipe, _ = load_official(path)
     view = torch.randn(3, 3, 32, 32)
     assert recipe.encoder.startswith("vit")
-    torch.testing.assert_close(mechanism.eval().encoder.project(view), q(view), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(mechanism.key_encoder.project(view), k(view), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mechanism.eval().encoder(view, unit=False), q(view), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mechanism.key_encoder(view, unit=False), k(view), rtol=1e-4, atol=1e-5)
     assert torch.equal(load_encoder(path)[0].eval().backbone(view), mechanism.encoder.backbone(view))
 
 

@@ -337,13 +337,16 @@ def one_after_another() -> Iterator[None]:
             yield
 
 
-def check_share(batch_size: int) -> None:
-    """Whether W processes can share batches of B.
+def check_share(batch_size: int, accumulate: int = 1) -> None:
+    """Whether W processes can share batches of B, each taken in so many parts.
 
     Raises:
-        UsageError: B / W is no whole number, or below 2.
+        UsageError: the share of a process in a part is no whole number, or below 2.
     """
-    if batch_size % world() or batch_size // world() < 2:
+    shares = world() * accumulate
+    if batch_size % shares or batch_size // shares < 2:
+        parts = f"with --accumulate {accumulate} " * (accumulate > 1)
         raise UsageError(
-            f"--batch-size {batch_size} is not to be shared by {world()} processes: take a multiple, {2 * world()} or more"
+            f"--batch-size {batch_size} {parts}is not to be shared by {world()} process{'es' * (world() > 1)}: "
+            f"take a multiple of {shares}, {2 * shares} or more"
         )

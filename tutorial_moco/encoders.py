@@ -14,6 +14,8 @@ from torchvision.models import VisionTransformer
 from tutorial_moco.augment import MEAN, STD
 from tutorial_moco.errors import UsageError
 
+WIDEST = 4 * 4096  # of a layer in a head: 4 C, the most that a recipe's dim allows
+
 
 class Encoder(nn.Module):
     """f_q or f_k of the paper: images (B, 3, H, W) to unit vectors (B, dim)."""
@@ -23,12 +25,10 @@ class Encoder(nn.Module):
         self.backbone, self.head = backbone, build_head(head, feature_dim, dim)
         self.feature_dim, self.dim, self.hidden = feature_dim, dim, hidden_of(head, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.project(x).float(), dim=1)
-
-    def project(self, x: Tensor) -> Tensor:
-        """(B, dim) before it is brought to length 1."""
-        return self.head(self.backbone(x))
+    def forward(self, x: Tensor, unit: bool = True) -> Tensor:
+        """Queries or keys (B, dim); without ``unit`` as the head gives them, before they are brought to length 1."""
+        found = self.head(self.backbone(x))
+        return F.normalize(found.float(), dim=1) if unit else found
 
 
 def build_encoder(
@@ -68,11 +68,13 @@ def build_head(kind: str, feature_dim: int, dim: int) -> nn.Module:
         return nn.Linear(feature_dim, dim)
     if kind == "mlp":
         return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, dim))
-    if name in ("mlp2", "mlp3") and (not colon or (width.isdigit() and int(width) > 0)):
+    if name in ("mlp2", "mlp3") and (not colon or (width.isdigit() and 0 < int(width) <= WIDEST)):
         hidden = hidden_of(kind, dim)
         between = nn.Sequential(*_normed(feature_dim, hidden), *(_normed(hidden, hidden) if name == "mlp3" else []))
         return nn.Sequential(between, nn.Linear(hidden, dim, bias=False), nn.BatchNorm1d(dim, affine=False))
-    raise UsageError(f"--head {kind} is not known: choose linear, mlp, mlp2 or mlp3, or a width with these two: mlp3:4096")
+    raise UsageError(
+        f"--head {kind} is not known: choose linear, mlp, mlp2 or mlp3, or a width up to {WIDEST} with these two: mlp3:4096"
+    )
 
 
 def hidden_of(kind: str, dim: int) -> int:

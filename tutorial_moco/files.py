@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from tutorial_moco.errors import DataError
@@ -38,6 +39,19 @@ def write_whole(path: Path, content: bytes | bytearray, previous: Path | None = 
             temporary.unlink()
         needed = f"{len(content):,} bytes needed{_free(path.parent)}"
         raise DataError(f"{path} could not be written ({needed}): {error.strerror or error}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, if it is not there, and see that it can be written: before hours are spent on what is to go there.
+
+    Raises:
+        DataError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def keep(path: Path, previous: Path) -> None:

@@ -7,8 +7,8 @@ that reading two of them side by side *is* Figure 2:
                keys come from             key encoder is updated by       dictionary is as large as
 =============  =========================  ==============================  =======================================
 EndToEnd       the other view, now        back-propagation                the batch
-MemoryBank     when last seen, up to an   (there is none)                 the data; K keys are sampled
-               epoch ago
+MemoryBank     when last seen, an epoch   (there is none)                 the data; K keys are sampled
+               or so ago
 MoCo           the last K / B steps       momentum: a slow copy of f_q    you like: a queue of K keys
 SimCLR         both views, now            back-propagation (same encoder) two batches
 MoCoV3         the other view, now        momentum                        the batch
@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from tutorial_moco.distributed import gather, gather_views, mine, my_views
 from tutorial_moco.encoders import Encoder, build_predictor
 from tutorial_moco.randomness import permutation
+
+SAMPLE = 1  # in the key of the bank's draw, else its first sample would begin with the first batch of the epoch's order
 
 
 class Contrast(NamedTuple):
@@ -55,11 +57,11 @@ class Mechanism(nn.Module, ABC):
 
     @abstractmethod
     def update_key_encoder(self) -> None:
-        """Line 12 of Algorithm 1, after the optimizer's step."""
+        """Algorithm 1's momentum update, after the optimizer's step."""
 
     @abstractmethod
     def update_dictionary(self, contrast: Contrast, index: Tensor) -> None:
-        """Lines 13 and 14 of Algorithm 1, after the backward pass: so no key is its own negative, and nothing is copied."""
+        """Algorithm 1's enqueue and dequeue, after the backward pass: so no key is its own negative, and nothing is copied."""
 
     @property
     @abstractmethod
@@ -122,7 +124,7 @@ class MemoryBank(Mechanism):
         n = len(self.bank)
         if n - 1 <= self.K:
             return Contrast(q, self.bank[index], self.bank, exclude=index[:, None] == torch.arange(n, device=q.device))
-        sample = permutation(n, self.seed, self.steps, device=q.device)[: self.K]
+        sample = permutation(n, self.seed, self.steps, SAMPLE, device=q.device)[: self.K]
         return Contrast(q, self.bank[index], self.bank[sample], exclude=index[:, None] == sample)
 
     def update_key_encoder(self) -> None:
@@ -258,7 +260,7 @@ class MoCoV3(Mechanism):
         self.predictor, self.m = build_predictor(encoder.dim, encoder.hidden), m
 
     def contrast(self, view_q: Tensor, view_k: Tensor, index: Tensor) -> Contrast:
-        q = torch.cat([self.predictor(self.encoder.project(view)) for view in (view_q, view_k)])
+        q = torch.cat([self.predictor(self.encoder(view, unit=False)) for view in (view_q, view_k)])
         with torch.no_grad():
             k = torch.cat([self.key_encoder(view) for view in (view_k, view_q)])
         keys = gather_views(k, len(index))

@@ -1,6 +1,7 @@
 """The one training loop: whichever mechanism keeps the dictionary, a step is the paper's Algorithm 1."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ from tutorial_moco.encoded import EncodedImages, Making, in_turn
 from tutorial_moco.encoders import Encoder, SplitBatchNorm2d, build_encoder
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.evaluate import extract_features, knn_top1, notebooks_knn_top1
+from tutorial_moco.files import make_folder
 from tutorial_moco.images import ImageSet
 from tutorial_moco.lars import LARS
 from tutorial_moco.losses import estimate_log_z, info_nce, nce, pretext_accuracy
@@ -146,8 +148,9 @@ def pretrain(
         compile: let torch.compile write the encoders' kernels: about a minute once, and on a GPU then faster steps.
 
     Raises:
-        UsageError: fewer images than a batch; K or minutes out of range; ``out`` holds a run of another recipe; the loss
-            is not finite any more.
+        UsageError: fewer images than a batch; K or minutes out of range; ``out`` holds a run of another recipe or number
+            format; the loss is not finite any more.
+        DataError: ``out`` cannot be written, or what it holds is damaged; of several processes one has other images.
         KeyboardInterrupt, SystemExit: stopped by Ctrl-C or SIGTERM, after the step at hand is finished and saved.
     """
     check(recipe, len(train), minutes)
@@ -157,7 +160,9 @@ def pretrain(
     with one_for_all():
         run = start(recipe, train, device, dtype, compile=compile)
         if out is not None:
-            resume(run, out)
+            if not rank():
+                make_folder(out)
+            resume(run, out, dtype)
     check_all_agree(
         ("images", "bring the same to each machine", run.data_hash),
         (f"steps in --out {out}", "name a folder that all machines share", run.step),
@@ -170,7 +175,8 @@ def pretrain(
     with Stop() as stop, progress_bar(run, total, bool(minutes), progress) as bar, feed as feed:
         while True:
             done = (run.seconds if minutes else run.step) / total
-            if test is not None and len(run.monitor) < sum(done > moment - 1e-9 for moment in moments):
+            seen = run.monitor[-1]["step"] if run.monitor else -1
+            if test is not None and seen < run.step and len(run.monitor) < sum(done > moment - 1e-9 for moment in moments):
                 watch(run, train, test)
                 saved = -math.inf
                 (caught,) = highest(stop.caught or 0, device=device)
@@ -205,7 +211,7 @@ def pretrain(
 
 
 def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[float, Contrast]:
-    """Algorithm 1 of the paper, lines 5 to 14.
+    """Algorithm 1 of the paper: all that its loop does with a batch.
 
     Args:
         images: uint8 (N, 3, H, W), those that `part` names of the batch, or crops of them, as `fed` gives them.
@@ -244,7 +250,7 @@ def train_step(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[flo
 
 
 def find_gradient(run: Run, images: Tensor, index: Tensor, epoch: int) -> tuple[float, Contrast, Tensor]:
-    """Lines 5 to 11: views, a look into the dictionary, the loss and its gradient; of a batch, or of one of its parts.
+    """Views, a look into the dictionary, the loss and its gradient; of a batch, or of one of its parts.
 
     Returns:
         Its share of the loss, what that was made of, and the numbers of this process's images.
@@ -470,7 +476,7 @@ def cosine(done: float) -> float:
 
 def check(recipe: Recipe, n: int, minutes: float | None) -> None:
     """What a recipe must satisfy for n images, and for the processes that share its batches."""
-    check_share(recipe.batch_size // recipe.accumulate)
+    check_share(recipe.batch_size, recipe.accumulate)
     if world() > 1 and recipe.shuffle and recipe.symmetric:
         raise UsageError(f"--shuffle with --symmetric is for one process, not {world()}: leave one of the two out")
     if recipe.batch_size > n:
@@ -538,7 +544,7 @@ def fill_bank(run: Run, images: Tensor) -> None:
     """One pass of the untrained encoder gives each image a key to begin with; its time counts as training."""
     began = time.perf_counter()
     order = filled_up(permutation(run.n, run.recipe.seed, 0)).view(-1, world())
-    for index in order.tensor_split(math.ceil(run.n / run.recipe.batch_size)):  # parts alike: BatchNorm wants no odd rest
+    for index in order.tensor_split(run.n // run.recipe.batch_size):  # parts alike, none below a batch: for BatchNorm
         own = mine(index.flatten())
         with autocast(run.device, run.dtype):
             run.mechanism.fill(plain_view(images[own].to(run.device)), own.to(run.device))
@@ -608,10 +614,11 @@ def load_encoder(path: Path) -> tuple[Encoder, Recipe, dict[str, object]]:
     return encoder, recipe, {"mean": MEAN, "std": STD, **state}
 
 
-def resume(run: Run, out: Path) -> None:
+def resume(run: Run, out: Path, dtype: torch.dtype | None = None) -> None:
     """Bring a fresh run to where ``out`` left off: encoders, queue, pointer, optimizer, step and records.
 
     From the last checkpoint, or if that is damaged from the one before; with none there the run stays at its start.
+    The number format is that of before: ``dtype``, where it was asked for, has to be the same.
     """
     found = last_checkpoint(out / "checkpoint.safetensors")
     if found is None:
@@ -623,6 +630,8 @@ def resume(run: Run, out: Path) -> None:
         raise UsageError(f"--out {out} holds a run of other settings ({', '.join(changed)}): choose another --out")
     if state["data_hash"] != run.data_hash:
         raise UsageError(f"--out {out} holds a run on other images: choose another --out")
+    if dtype and str(dtype) != f"torch.{state['dtype']}":
+        raise UsageError(f"--out {out} holds a run in {state['dtype']}: leave --precision out, or choose another --out")
     unpack(tensors, mechanism=run.mechanism, optimizer=run.optimizer)
     run.dtype = getattr(torch, state["dtype"])
     run.scaler = grad_scaler(run.device, run.dtype)
@@ -654,17 +663,23 @@ def check_all_agree(*things: tuple[str, str, object]) -> None:
 def last_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, object]] | None:
     """What a checkpoint holds, or if it is damaged the one before it, with a warning; None if there is neither.
 
+    The damaged one gets another name: the next save would else keep it in the place of the one that is whole.
+
     Raises:
         DataError: all that are there are damaged.
     """
     there = [file for file in (path, previous_of(path)) if file.exists()]
     for file in there:
         try:
-            return load_checkpoint(file)
+            found = load_checkpoint(file)
         except DataError as error:
             if file == there[-1]:
                 raise
             print(f"warning: {error}; the one before it is taken", file=sys.stderr)
+        else:
+            if file != path and path.exists() and not rank():
+                os.replace(path, path.with_stem(f"{path.stem}-damaged"))
+            return found
     return None
 
 

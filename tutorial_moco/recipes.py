@@ -4,10 +4,10 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from tutorial_moco.augment import AUGMENTATIONS
-from tutorial_moco.errors import UsageError
+from tutorial_moco.errors import DataError, UsageError
 
 MechanismName = Literal["moco", "memory_bank", "end_to_end", "simclr", "moco_v3"]
 
@@ -74,12 +74,15 @@ class Recipe:
     """Decides the weights, the order, the views and the first queue."""
 
     def __post_init__(self):
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise UsageError(f"{flag(name)} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)}")
         for name, allowed, holds in (
             ("K", "at least 1", self.K >= 1),
             ("m", "in [0, 1]", 0 <= self.m <= 1),
             ("temperature", "above 0", self.temperature > 0 and math.isfinite(self.temperature)),
             ("bank_momentum", "in [0, 1)", 0 <= self.bank_momentum < 1),
-            ("dim", "at least 2", self.dim >= 2),
+            ("dim", "in 2 .. 4096", 2 <= self.dim <= 4096),
             ("view_size", "at least 8", self.view_size is None or self.view_size >= 8),
             ("batch_size", "at least 2", self.batch_size >= 2),
             ("accumulate", f"a divisor of {flag('batch_size')} {self.batch_size}", divides(self.accumulate, self.batch_size)),
@@ -113,8 +116,15 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """The recipe that `to_json` wrote."""
-        return cls(**json.loads(text))
+        """The recipe that `to_json` wrote.
+
+        Raises:
+            DataError: it has settings that this version does not know.
+        """
+        settings = json.loads(text)
+        if unknown := sorted(set(settings) - set(vars(cls()))):
+            raise DataError(f"a recipe has {', '.join(unknown)}, which this version of tutorial_moco does not know: update it")
+        return cls(**settings)
 
 
 # How a transformer of any start is trained, for 32 pixels and batches of some hundred.
