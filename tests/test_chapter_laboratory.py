@@ -5,6 +5,7 @@ import functools
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from notebooks import functions_of
 from tutorial_moco import breakages, evaluate, feature_figures, losses
 from tutorial_moco.breakages import BREAKAGES, HEALTHY, SYMPTOMS, train
 from tutorial_moco.checks import CheckFailed
-from tutorial_moco.encoders import build_encoder
+from tutorial_moco.encoders import build_encoder, build_head
 from tutorial_moco.errors import DataError, UsageError
 from tutorial_moco.feature_checks import check_alignment, check_knn_top1, check_push, check_uniformity
 from tutorial_moco.images import ImageSet
@@ -92,6 +93,21 @@ def test_what_chapter_06_builds_agrees_with_the_package(learned):
     backbone, images = build_encoder("tiny").backbone, shapes(20, 3).images
     found = learned["extract_features"](backbone, images)
     assert torch.allclose(found, evaluate.extract_features(backbone, images), atol=1e-5)
+
+
+def test_the_notebooks_knn_reads_keys_as_they_are_used_and_changes_nothing():
+    """A head with BatchNorm would else normalise by what is read, and go on with other statistics."""
+    head = build_head("mlp3", 16, 8).train()
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    features, labels = torch.randn(30, 16), torch.arange(30) % 3
+    evaluate.notebooks_knn_top1(head, features, labels, features[:6], labels[:6])
+    assert head.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
+
+
+def test_tsne_of_one_image_or_two_is_drawn():
+    assert evaluate.tsne(torch.ones(1, 4)).tolist() == [[0, 0]]
+    assert np.isfinite(evaluate.tsne(torch.randn(2, 4))).all()
 
 
 def test_what_chapter_07_builds_agrees_with_the_package(laboratory):

@@ -124,9 +124,13 @@ def notebooks_knn_top1(head: nn.Module, train: Tensor, train_labels: Tensor, tes
     """The kNN of the official CIFAR-10 notebook (moco_cifar10_demo): of keys, not features, with k = 200 and temperature 0.1.
 
     It is no small difference: of a ResNet-18 with a linear head it read 74.0 percent where features gave 68.1 (docs/LOG.md).
-    Arguments as for `knn_top1`, with the encoder's head, which makes keys of features.
+    Arguments as for `knn_top1`, with the encoder's head, which makes keys of features; it is left in the mode it was found in.
     """
-    return knn_top1(head(train), train_labels, head(test), test_labels, k=200, temperature=0.1)
+    was_training = head.training
+    head.eval()
+    keys, asked = head(train), head(test)
+    head.train(was_training)
+    return knn_top1(keys, train_labels, asked, test_labels, k=200, temperature=0.1)
 
 
 def linear_probe(features: Tensor, labels: Tensor) -> Pipeline:
@@ -148,7 +152,9 @@ def nearest(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def tsne(features: Tensor, *, seed: int = 0, perplexity: float = 30.0) -> np.ndarray:
-    """t-SNE of the directions of features (n, D) in the plane: float32 (n, 2), scaled to unit spread."""
+    """t-SNE of the directions of features (n, D) in the plane: float32 (n, 2), scaled to unit spread; one alone is at 0."""
+    if len(features) < 2:
+        return np.zeros((len(features), 2), np.float32)
     perplexity = min(perplexity, (len(features) - 1) / 3)  # scikit-learn wants it well below the number of images
     points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(F.normalize(features, dim=1).numpy())
     return (points - points.mean(axis=0)) / points.std()
