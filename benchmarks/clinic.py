@@ -20,9 +20,8 @@ from tutorial_moco import pretrain as training
 from tutorial_moco.augment import two_views
 from tutorial_moco.breakages import BREAKAGES, HEALTHY, SYMPTOMS, Breakage
 from tutorial_moco.classroom.step_checks import weights_of
-from tutorial_moco.cli import parse
-from tutorial_moco.errors import UsageError
-from tutorial_moco.files import write_whole
+from tutorial_moco.cli import exit_status, parse
+from tutorial_moco.files import make_folder, write_whole
 from tutorial_moco.images import ImageSet, load_images
 from tutorial_moco.mechanisms import Contrast, MoCo
 from tutorial_moco.pretrain import Run
@@ -111,19 +110,19 @@ def vital_signs(run: Run, images: ImageSet) -> dict[str, float]:
     }
 
 
-def main() -> int:
-    """Record all patients; returns the exit status."""
-    try:
-        flags = parse(Flags, sys.argv[1:], "python -m benchmarks.clinic")
-    except UsageError as error:
-        print(f"clinic: {error}", file=sys.stderr)
-        return error.exit_status
+def run(flags: Flags) -> None:
+    """Record all patients."""
+    make_folder(flags.out.parent)
     speed.keep_freed_memory()
     images, test = load_images("shapes", "train"), load_images("shapes", "test")
     rows = [row_of(number, images, test) for number in tqdm(PATIENTS, unit="patient")]
     write_whole(flags.out, "".join(json.dumps(row) + "\n" for row in rows).encode())
     print(f"{len(rows)} rows in {flags.out}")
-    return 0
+
+
+def main() -> int:
+    """Returns the exit status."""
+    return exit_status("clinic", lambda: run(parse(Flags, sys.argv[1:], "python -m benchmarks.clinic")), "begins anew")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def encoder_of(flags: Flags, job: Job) -> Start:
             run = pretrain(recipe, train, progress=False)
         state = {"recipe": recipe.to_json(), "dtype": str(run.dtype).removeprefix("torch."), "step": run.step}
         encoder = {f"mechanism.{name}": tensor for name, tensor in pack(encoder=run.mechanism.encoder).items()}
-        save_checkpoint(path, encoder, state | {"seconds": run.seconds})
+        save_checkpoint(path, encoder, state | {"seconds": run.seconds, "data_hash": train.hash})
     return load_start(path, torch.empty(0))
 
 

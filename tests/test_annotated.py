@@ -145,6 +145,13 @@ def test_voc_boxes_are_shifted_to_corners_and_training_leaves_out_what_is_not_ju
     assert set(target) == {"boxes", "labels", "area", "iscrowd", "image_id"}
 
 
+def test_sixteen_bits_of_gray_are_scaled_here_too(voc):
+    gray = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 50
+    Image.fromarray(gray).save(voc / "JPEGImages" / "2007_000003.jpg", "PNG")
+    image, _ = load_annotated(voc, "train", "detect")[0]
+    assert np.array_equal(image[1], gray >> 8)
+
+
 def test_voc_tests_on_all_images_in_the_order_of_names_and_counts_boxes_of_no_size(voc, capsys):
     test = load_annotated(voc, "test", "detect")
     assert capsys.readouterr().err == "VOC2012: 1 object(s) of the test split left out, as their boxes have no size\n"
@@ -255,6 +262,16 @@ def coco(tmp_path):
     person = [annotation(1, 8, 1, (10, 5, 10, 10), keypoints=points, num_keypoints=2), annotation(2, 8, 1, (0, 0, 5, 5))]
     save_json(root, "person_keypoints_train", coco_json({8: names[8]}, person, [(1, "person")], keypoints=FACE, skeleton=[]))
     return root
+
+
+def test_more_classes_than_a_map_of_bytes_can_tell_apart_are_refused(coco):
+    for split in ("train", "val"):
+        path = coco / "annotations" / f"instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        content["categories"] += [{"id": 100 + i, "name": f"kind {i}"} for i in range(252)]
+        path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="has 255 classes: segment tells up to 254 apart"):
+        load_splits(coco, "segment")
 
 
 def test_coco_categories_are_numbered_from_one_and_crowds_are_left_out_of_training(coco, capsys):

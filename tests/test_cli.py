@@ -197,6 +197,7 @@ def test_help_of_a_command_mentions_every_flag_and_explains_it(command):
         ([], "shapes"),
         (["--data", "cifar10"], "small"),
         (["--data=cifar10"], "small"),
+        (["--data", "Shapes"], "shapes"),
         (["--recipe", "cifar10-resnet18"], "cifar10-resnet18"),
         (["--data", "shapes", "--recipe", "small"], "small"),
     ],
@@ -290,6 +291,35 @@ def test_evaluate_reads_the_same_accuracy_from_the_checkpoint(compared, folder, 
         assert read["knn_top1"] == results[name]["knn_top1"]
         assert read["linear_top1"] == pytest.approx(results[name]["linear_top1"], abs=1e-6)
         assert read["steps"] == results[name]["steps"]
+
+
+@pytest.mark.parametrize("flag", ["--lr 0.5", "--epochs 3", "--batch-size 7", "--out elsewhere"])
+def test_a_flag_of_the_sgd_probe_is_not_taken_in_silence_by_the_regression(flag, compared, folder):
+    checkpoint = compared.out / "moco" / "checkpoint.safetensors"
+    assert_one_line(call("evaluate", "--data", folder, "--checkpoint", checkpoint, *flag.split()), 2, "is for --probe sgd")
+
+
+def test_a_learning_rate_that_explodes_is_none_in_json(compared, folder, tmp_path):
+    checkpoint = compared.out / "moco" / "checkpoint.safetensors"
+    words = ["--probe", "sgd", "--epochs", "6", "--batch-size", "16", "--lr", "1e38", "1", "--json", "read.json", "--out"]
+    result = call("evaluate", "--data", folder, "--checkpoint", checkpoint, *words, tmp_path / "probes")
+    assert result.status == 0, result.err
+    assert "linear exploded" in result.out
+    read = json.loads((tmp_path / "read.json").read_text(), parse_constant=pytest.fail)
+    assert read["linear_top1"] is None
+    assert read["linear_top1_of_lr"]["1"] > 0
+
+
+def test_a_test_split_of_one_image_is_no_reason_to_lose_a_training(tmp_path, monkeypatch):
+    train, test = (load_images("digits", split).take(slice(0, n)) for split, n in (("train", 32), ("test", 1)))
+    recipe = Recipe(encoder="tiny", dim=8, K=16, batch_size=16, epochs=1)
+    compare.compare([recipe], train, test, tmp_path / "out", baselines=False)
+    assert (tmp_path / "out" / "report.html").exists()
+    (tmp_path / "out" / "result.json").unlink()
+    monkeypatch.setattr(compare, "draw", lambda *rest: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare.compare([recipe], train, test, tmp_path / "out", baselines=False)
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["results"]
 
 
 @pytest.mark.parametrize("command", ["evaluate", "data"])

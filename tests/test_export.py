@@ -103,6 +103,7 @@ def test_the_lines_of_the_card_read_the_file(form, encoder, checkpoints, tmp_pat
     if form == "onnx":
         assert names["features"].shape == (3, 128)
     assert "hash of these" in card
+    assert ("of MoCo v3 (arXiv 2104.02057)" if encoder == "vit" else "of MoCo (arXiv 1911.05722)") in card
     assert f"| `encoder` | {encoder} |" in card
 
 
@@ -128,6 +129,19 @@ def test_a_network_that_the_other_program_has_not_is_told_and_nothing_is_written
     with pytest.raises(UsageError, match="take"):
         export(checkpoints[encoder], form, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_calls_no_file_published_but_the_authors_and_none_momentum_contrast_that_has_no_momentum(tmp_path):
+    run = training.start(
+        Recipe(mechanism="end_to_end", encoder="tiny", dim=8, batch_size=4), IMAGES, torch.device("cpu"), torch.float32
+    )
+    run.data_hash = ""
+    save_run(run, tmp_path)
+    export(tmp_path / "checkpoint.safetensors", "safetensors", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "authors" not in card
+    assert "0 steps of end-to-end (arXiv 1911.05722)" in card
+    assert "tags: [contrastive-learning]" in card
 
 
 def test_a_readme_of_ones_own_is_not_replaced_but_a_card_is(checkpoints, tmp_path):

@@ -364,8 +364,18 @@ def test_where_no_image_can_be_decoded_there_is_nothing_to_skip_to(tmp_path):
     path = make(tmp_path, {f"train/{label}/{i}.png": b"no image" for label in "ab" for i in range(2)})
     with pytest.raises(DataError, match="has no image that can be decoded"):
         load(path, on_bad_image="skip")
+    files = tree() | {f"test/{label}/{i}.png": b"no image" for label in ("cat", "dog") for i in range(2)}
+    (tmp_path / "half").mkdir()
+    with pytest.raises(DataError, match="has no image for its test split that can be decoded"):
+        load(make(tmp_path / "half", files), "test", on_bad_image="skip")
     with pytest.raises(UsageError, match="--on-bad-image must be raise or skip, not guess"):
         load(path, on_bad_image="guess")
+
+
+@pytest.mark.parametrize("data", ["shapes", "digits"])
+def test_drawn_images_that_do_not_fit_into_memory_are_refused_before_they_are_drawn(data, tmp_path):
+    with pytest.raises(DataError, match=f"{data} would take .* choose a smaller --image-size"):
+        load_images(data, "train", image_size=200_000, cache=tmp_path)
 
 
 # ---- unsafe and damaged archives

@@ -408,6 +408,9 @@ def test_the_line_under_a_picture_says_where_its_rows_come_from():
     assert provenance_line([row]) == "measured 2026-11-26 with commit abc, on a laptop, CIFAR-10 (JPEG), 1 seed"
     expected = "measured 2026-11-26 and 2026-11-27 with commit abc, on a laptop, CIFAR-10 (JPEG), 2 seeds"
     assert provenance_line([row, later]) == expected
+    both = [row | {"precision": "float32"}, later | {"precision": "bfloat16"}]
+    assert provenance_line(both) == f"{expected}, in bfloat16 and float32"
+    assert provenance_line(both[:1]).endswith("1 seed")
     assert provenance_line([]) == "nothing measured yet"
 
 

@@ -82,6 +82,12 @@ def test_average_precision_is_the_mean_over_classes():
     assert average_precision([(truth, answer)], ["boxes"])["ap_boxes"] == pytest.approx(50)
 
 
+@pytest.mark.parametrize("answers", [(), (ONE,)], ids=["no answer", "an answer"])
+def test_where_nothing_is_there_is_nothing_to_judge(answers):
+    with pytest.raises(DataError, match="have no object to judge by"):
+        average_precision([(boxes(), boxes(*answers) | {"scores": torch.ones(len(answers))})], ["boxes"])
+
+
 def test_average_precision_of_masks_asks_for_their_pixels():
     mask = torch.zeros(1, 100, 100, dtype=torch.uint8)
     mask[0, 10:50, 10:50] = 1

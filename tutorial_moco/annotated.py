@@ -30,6 +30,7 @@ from torch import Tensor
 
 from tutorial_moco.dense import CROWD, DIFFICULT
 from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.pictures import rgb
 from tutorial_moco.scenes import ARROW_RICH, KEYPOINTS, draw_scenes, semantic
 from tutorial_moco.segmentation import IGNORED
 from tutorial_moco.shapes import SHAPE_CLASSES
@@ -150,6 +151,8 @@ def load_splits(data: str | Path, task: Task) -> tuple[Annotated, Annotated]:
             can be judged.
     """
     train, test = (load_annotated(data, split, task) for split in SCENES)
+    if task == "segment" and len(train.classes) >= IGNORED:
+        raise DataError(f"{train.name} has {len(train.classes)} classes: segment tells up to {IGNORED - 1} apart, take a part")
     for what in ("classes", "keypoints"):
         ours, theirs = getattr(train, what), getattr(test, what)
         if ours != theirs:
@@ -197,7 +200,7 @@ def _parsing(what: str | Path) -> Iterator[None]:
 
 def _decode(path: Path) -> Tensor:
     with _parsing(path), Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1).contiguous()
 
 
 def _target(objects: list[_Object], points: int = 0) -> dict[str, Tensor]:

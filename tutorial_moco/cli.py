@@ -277,15 +277,22 @@ def run_evaluate(flags: Evaluate) -> dict:
         view_size = load_encoder(flags.checkpoint)[1].view_size
     if view_size and flags.probe == "regression":
         raise UsageError("--probe regression is for images in memory: leave it out with pictures that stay encoded")
+    by_sgd = flags.probe == "sgd" or view_size
+    if not by_sgd:
+        only_for("--probe sgd", flags, "lr", "epochs", "batch_size", "out")
     sgd = SETTINGS.replace(epochs=flags.epochs, batch_size=flags.batch_size, lr=flags.lr[0])
     train, test = load(flags, view_size)
     how = {"sgd": sgd, "lrs": flags.lr, "out": flags.out or flags.checkpoint.parent}
-    by_sgd = flags.probe == "sgd" or view_size
     if not (result := evaluate_checkpoint(flags.checkpoint, train, test, **(how if by_sgd else {}))):
         return {}
-    print(f"kNN {result['knn_top1']:.2f} %, linear {result['linear_top1']:.2f} % of {len(test):,} {test.split} images")
+
+    def percent(top1: float | None) -> str:
+        return "exploded" if top1 is None else f"{top1:.2f} %"
+
+    linear = percent(result["linear_top1"])
+    print(f"kNN {result['knn_top1']:.2f} %, linear {linear} of {len(test):,} {test.split} images")
     if len(flags.lr) > 1 and by_sgd:
-        print("linear by --lr: " + ", ".join(f"{lr}: {top1:.2f} %" for lr, top1 in result["linear_top1_of_lr"].items()))
+        print("linear by --lr: " + ", ".join(f"{lr}: {percent(top1)}" for lr, top1 in result["linear_top1_of_lr"].items()))
     return result
 
 
@@ -294,8 +301,14 @@ def run_transfer(flags: Transfer) -> dict:
     must_be_above_0(flags, "seeds", "epochs", "batch_size", "lr", "image_size")
     if not flags.labels or not all(0 < share <= 1 for share in flags.labels):
         raise UsageError(f"--labels must be shares in (0, 1], not {' '.join(map(str, flags.labels))}")
+    if flags.image_size is not None and flags.image_size < 8:
+        raise UsageError(f"--image-size must be at least 8, not {flags.image_size}")
     if flags.frozen and flags.task == "classify":
         raise UsageError("--frozen is for detect, keypoints and segment: classify's linear classifier is of frozen features")
+    if flags.task != "classify":
+        only_for("--task classify", flags, "labels")
+    if flags.task not in ("detect", "keypoints"):
+        only_for("--task detect and keypoints", flags, "neck")
     from tutorial_moco.annotated import load_splits
     from tutorial_moco.transfer import FRESH, load_start
     from tutorial_moco.transfer_report import sample, transfer_classify, transfer_dense
@@ -373,6 +386,13 @@ def tell_cost(flags: Doctor) -> dict:
     lines = told(flags.recipe, flags.settings, flags.gpus, flags.images, flags.images_per_second)
     print("\n".join(lines))
     return {"recipe": flags.recipe, "gpus": flags.gpus, "lines": lines}
+
+
+def only_for(what: str, flags: object, *names: str) -> None:
+    """Flags that would have no effect here have to be left out, lest one believes that they had."""
+    for name in names:
+        if (value := getattr(flags, name)) != type(flags).__dataclass_fields__[name].default:
+            raise UsageError(f"{flag(name)} {value} is for {what}: leave it out here")
 
 
 def must_be_above_0(flags: object, *names: str) -> None:
@@ -551,7 +571,7 @@ def parse(flags_type: type, argv: list[str], prog: str):
     if flags_type is Doctor and name:
         default = Doctor(recipe=name, settings=RECIPES[name])
     if issubclass(flags_type, RunFlags):
-        name = name or ("shapes" if _value(argv, "--data") in (None, "shapes") else "small")
+        name = name or ("shapes" if (_value(argv, "--data") or "shapes").lower() == "shapes" else "small")
         by_epochs = _value(argv, "--epochs") is not None
         if by_epochs and _value(argv, "--minutes") is not None:
             raise UsageError("--minutes and --epochs are two budgets for one training: give one of them")
@@ -593,7 +613,7 @@ def one_line(box: str) -> str:
 
 def write_json(path: Path, result: dict) -> None:
     """The result as JSON, in one move."""
-    write_file("--json", path, (json.dumps(result, indent=1, default=str) + "\n").encode())
+    write_file("--json", path, (json.dumps(result, indent=1, default=str, allow_nan=False) + "\n").encode())
 
 
 def write_file(flag: str, path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -97,11 +98,11 @@ def compare(
     table = [HEAD] + [table_row(name, result) for name, result in results.items()]
     print(text_table(table))
     print(f"computed in {run.summary()['precision']}, channels_last, many tensors to an update, on {facts['hardware']}")
+    write_whole(out / "result.json", (json.dumps(record(facts, results), indent=1) + "\n").encode())
     tell("drawing the report")
     report = out / "report.html"
     pictures = draw(results, features, recipes, *shown)
     write_report(report, *words(recipes, train, test, minutes), table, pictures, facts)
-    write_whole(out / "result.json", (json.dumps(record(facts, results), indent=1) + "\n").encode())
     print(f"\nreport: {report}")
     return record(facts, results)
 
@@ -166,7 +167,8 @@ def evaluate_checkpoint(
 
     Args:
         sgd: train the linear classifier as the papers do, by this recipe of `probe.probe`, with each of the learning rates
-            ``lrs``: ``linear_top1`` is the first one's. Else a regression on the features, of images in memory.
+            ``lrs``: ``linear_top1`` is the first one's, None if that exploded. Else a regression on the features, of images in
+            memory.
         out: folder for what `probe.probe` keeps.
 
     Raises:
@@ -178,7 +180,8 @@ def evaluate_checkpoint(
     if sgd:
         accuracy = {"knn_top1": knn_top1_at_size(backbone, train_set, test_set, dtype=dtype)}
         found = probe(backbone, encoder.feature_dim, train_set, test_set, sgd, lrs=lrs, dtype=dtype, out=out)
-        accuracy |= {"linear_top1": found[lrs[0]], "linear_top1_of_lr": {f"{lr:g}": top1 for lr, top1 in found.items()}}
+        of_lr = {f"{lr:g}": None if math.isnan(top1) else top1 for lr, top1 in found.items()}  # JSON has no nan
+        accuracy |= {"linear_top1": of_lr[f"{lrs[0]:g}"], "linear_top1_of_lr": of_lr}
     else:
         features = [extract_features(backbone, images.images, dtype=dtype) for images in (train_set, test_set)]
     if rank():

@@ -71,7 +71,7 @@ def build_detector(
         kind: ``boxes``, ``masks`` (and boxes) or ``keypoints`` (and boxes).
         classes: number of kinds of object, without the ground. keypoints: how many an object has.
         neck: ``fpn``, a pyramid of the stages from stride 4 on; ``c4``, the last stage but one, whose last stage then
-            is the box head, as in the paper.
+            is the box head, as in the paper but for the BatchNorm that it puts behind (appendix A.1).
         image_size: shorter side in pixels that images are brought to; 96 for encoders of small images, 800 for others if None.
         frozen: the encoder keeps its weights. mean, std: of the images as the encoder takes them.
 
@@ -163,6 +163,8 @@ def average_precision(pairs: Iterable[tuple[dict, dict]], kinds: list[Kind]) -> 
         DataError: there is nothing to judge.
     """
     truth, found = _coco_records(pairs, kinds)
+    if not truth["annotations"]:
+        raise DataError("the test images have no object to judge by: add some")
     results = {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells its progress
         known = COCO()

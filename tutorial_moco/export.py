@@ -19,6 +19,7 @@ from torchvision.models import ResNet, VisionTransformer, resnet50
 from tutorial_moco import __version__
 from tutorial_moco.encoders import ViTBackbone
 from tutorial_moco.errors import DataError, UsageError
+from tutorial_moco.figures import TITLES
 from tutorial_moco.files import write_whole
 from tutorial_moco.official import TIMM_VIT, renamed
 from tutorial_moco.pretrain import load_encoder
@@ -64,7 +65,7 @@ def export(checkpoint: Path, form: str, out: Path) -> dict[str, object]:
         raise UsageError(f"--out {out} has a README.md of its own, which the card would replace: name another folder")
     write_whole(path, content)
     facts = {"recipe": json.loads(recipe.to_json()), "steps": state["step"], "data_hash": state.get("data_hash")}
-    facts |= {"mean": state["mean"], "std": state["std"]}
+    facts |= {"mean": state["mean"], "std": state["std"], "published": state.get("published", False)}
     write_whole(about, card(form, backbone, encoder.feature_dim, facts).encode())
     return {"path": str(path), "bytes": len(content), "largest_difference": difference, "format": form, **facts}
 
@@ -276,10 +277,11 @@ def card(form: str, backbone: nn.Module, feature_dim: int, facts: dict[str, obje
         "timm": f"timm.models.VisionTransformer({_words(_timms_shape(backbone))})" if transformer
         else 'timm.create_model("resnet50", num_classes=0)',
     }  # fmt: skip
-    maker, made_of = f"tutorial_moco {__version__}, {facts['steps']:,} steps (Momentum Contrast, arXiv 1911.05722)", ""
+    source = {"simclr": "arXiv 2002.05709", "moco_v3": "arXiv 2104.02057"}.get(recipe["mechanism"], "arXiv 1911.05722")
+    maker, made_of = f"tutorial_moco {__version__}, {facts['steps']:,} steps of {TITLES[recipe['mechanism']]} ({source})", ""
     if facts["data_hash"]:
         made_of = f"SHA-256 of the training images and labels: {facts['data_hash']}."
-    else:
+    if facts["published"]:
         told = "settings below that the file does not tell are as published"
         maker = f"the authors of MoCo, {facts['steps']:,} epochs on ImageNet ({told})"
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in recipe.items())
@@ -287,7 +289,7 @@ def card(form: str, backbone: nn.Module, feature_dim: int, facts: dict[str, obje
     return f"""---
 library_name: {form if form in ("timm", "onnx") else "pytorch"}
 pipeline_tag: image-feature-extraction
-tags: [contrastive-learning, momentum-contrast]
+tags: [contrastive-learning{", momentum-contrast" * recipe["mechanism"].startswith("moco")}]
 ---
 
 # {recipe["mechanism"]}, {recipe["encoder"]}

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -151,6 +152,8 @@ def load_images(
     images, note = found
     if note:
         print(f"{name}: {note}", file=sys.stderr)
+    if len(images) == 0 and images.skipped:
+        raise DataError(f"{data} has no image for its {split} split that can be decoded: mend them or fetch them again")
     if len(images) == 0:
         raise DataError(f"{data} has no images for a {split} split: each of its classes has one image, bring more")
     return images
@@ -256,6 +259,7 @@ def _draw(size: int) -> Made:
     from tutorial_moco.shapes import SHAPE_CLASSES, draw_shapes
 
     made = {}
+    _must_fit("shapes", sum(count for count, _ in SHAPES.values()), (3, size, size))
     for split, (count, seed) in SHAPES.items():
         images, labels, factors = draw_shapes(count, seed, size)
         made[split] = ImageSet("shapes", split, images, labels, SHAPE_CLASSES, _hash(images, labels), factors), ""
@@ -267,6 +271,7 @@ def _digits(size: int) -> Made:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
+    _must_fit("digits", 4 * len(digits.target), (3, size, size))  # they are float32 when they are brought to their size
     gray = torch.from_numpy(digits.images / 16).float()[:, None]
     images = torch.nn.functional.interpolate(gray, size=(size, size), mode="bicubic").mul(255).round().clamp(0, 255)
     images, labels = images.to(torch.uint8).expand(-1, 3, -1, -1), torch.from_numpy(digits.target).long()
@@ -468,13 +473,17 @@ def _fit(image: Image.Image, size: int | None) -> np.ndarray:
 
 
 def _room(title: str, count: int, shape: tuple[int, ...]) -> np.ndarray:
-    needed = count * int(np.prod(shape))
+    _must_fit(title, count, shape)
+    return np.empty((count, *shape), np.uint8)
+
+
+def _must_fit(title: str, count: int, shape: tuple[int, ...]) -> None:
+    needed = count * math.prod(shape)
     if needed > machine_memory() // 2:
         raise DataError(
             f"{title} would take {needed / 2**30:.1f} GiB as {shape[2]} x {shape[1]} pixels, over half of this "
             "machine's memory: choose a smaller --image-size"
         )
-    return np.empty((count, *shape), np.uint8)
 
 
 # ---- the cache

@@ -594,7 +594,7 @@ def save_run(run: Run, out: Path) -> None:
 def load_encoder(path: Path) -> tuple[Encoder, Recipe, dict[str, object]]:
     """The query encoder of a checkpoint, float32 on the CPU, the recipe it was trained by, and what else is told of it.
 
-    ``mean`` and ``std`` are those of the images as it takes them.
+    ``mean`` and ``std`` are those of the images as it takes them; ``published`` is of the authors' files alone.
 
     Args:
         path: a checkpoint of this package, or one of the published MoCo (``.pth.tar``), of which ``step`` is the epoch.
@@ -604,7 +604,8 @@ def load_encoder(path: Path) -> tuple[Encoder, Recipe, dict[str, object]]:
     """
     if path.name.endswith((".pth.tar", ".pth", ".pt")):
         mechanism, recipe, epochs = official.load_official(path)
-        return mechanism.encoder, recipe, {"step": epochs, "dtype": "float32", "mean": official.MEAN, "std": official.STD}
+        facts = {"mean": official.MEAN, "std": official.STD, "published": True}
+        return mechanism.encoder, recipe, {"step": epochs, "dtype": "float32", **facts}
     tensors, state = load_checkpoint(path)
     if not any(name.startswith("mechanism.encoder.") for name in tensors):
         raise DataError(f"{path} holds no pre-trained encoder: give the checkpoint.safetensors of a run")

@@ -31,7 +31,7 @@ from tutorial_moco.speed import autocast
 from tutorial_moco.stopping import Stop
 
 VIEWS = "probe"  # in `augment.AUGMENTATIONS`
-# Table 1 of the paper: 100 epochs, no weight decay, a tenth after 60 and 80; its learning rate of 30 is for 256 images.
+# Section 4.1 of the paper: a learning rate of 30, no weight decay. The epochs and the schedule are its code's (main_lincls.py).
 SETTINGS = Recipe(augmentation=VIEWS, batch_size=256, epochs=100, lr=30.0, schedule="steps", weight_decay=0.0)
 
 

@@ -171,7 +171,9 @@ def chance_top1(rows: Sequence[dict]) -> float | None:
 
 
 def provenance_line(rows: Sequence[dict]) -> str:
-    """When, with which commit, where and on which data rows were measured, and with how many seeds; for under a picture."""
+    """When, with which commit, where and on which data rows were measured, with how many seeds, and where number formats are
+    mixed, in which; for under a picture.
+    """
     if not rows:
         return "nothing measured yet"
     days, commits, machines, data = (
@@ -184,7 +186,9 @@ def provenance_line(rows: Sequence[dict]) -> str:
         )
     )
     seeds = len({row["seed"] for row in rows})
-    return f"measured {days} with commit {commits}, on {machines}, {data}, {seeds} seed{'s' * (seeds > 1)}"
+    formats = sorted({row["precision"] for row in rows if row.get("precision")})
+    mixed = f", in {' and '.join(formats)}" * (len(formats) > 1)
+    return f"measured {days} with commit {commits}, on {machines}, {data}, {seeds} seed{'s' * (seeds > 1)}{mixed}"
 
 
 # Encoders and features -----------------------------------------------------------------------------------------------

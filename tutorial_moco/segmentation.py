@@ -1,6 +1,7 @@
 """Semantic segmentation: which class does each pixel belong to? A fully convolutional network around our encoder.
 
-As the paper's VOC experiment (section 4.2), which MoCo did not win: the encoder, one 3x3 convolution, one 1x1.
+As the paper's VOC experiment (section 4.2), which MoCo did not win, but in small: one 3x3 convolution and one 1x1 behind the
+encoder, where the paper has two 3x3 of 256 channels before it, dilated by 6 (appendix A.5).
 """
 
 from collections.abc import Iterable
