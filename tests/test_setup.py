@@ -1,5 +1,6 @@
 """The project's own promises: one list of packages, and files that say what is true."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -24,6 +25,35 @@ def test_environment_yml_lists_what_pyproject_lists():
 def test_python_versions_agree():
     assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
     assert "- python>=3.10" in (ROOT / "environment.yml").read_text()
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file of it imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "tutorial_moco":
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tutorial_moco."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_every_file_has_a_row_in_the_design_and_imports_from_none_below():
+    package, row_of = ROOT / "tutorial_moco", {}
+    table = (ROOT / "docs" / "DESIGN.md").read_text().partition("| file | what |\n|---|---|\n")[2].partition("\n\n")[0]
+    patterns = [
+        (row, name) for row, line in enumerate(table.splitlines()) for name in re.findall(r"`(\S+?)`", line.split("|")[1])
+    ]
+    for row, name in sorted(patterns, key=lambda pattern: "*" in pattern[1]):  # a name of its own goes before *_figures.py
+        files = package.glob(f"{name}*.py" if name.endswith("/") else name)
+        for file in files:
+            row_of.setdefault(file.relative_to(package).parts[0].removesuffix(".py"), row)
+    files = {file for file in package.rglob("*.py") if file.name != "__init__.py"}
+    assert {file.relative_to(package).parts[0].removesuffix(".py") for file in files} == set(row_of)
+    for file in files:
+        own = row_of[file.relative_to(package).parts[0].removesuffix(".py")]
+        below = {name for name in imported(file) & set(row_of) if row_of[name] > own}
+        assert not below, f"{file.name} imports {below}, which stand below it in docs/DESIGN.md"
 
 
 def test_version_is_the_changelogs_newest_and_the_citations():
