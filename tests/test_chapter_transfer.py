@@ -56,7 +56,7 @@ def drawn(of_class, order=lambda n, seed: torch.randperm(n, generator=torch.Gene
     """A draw of so many of each class."""
 
     def few_labels(labels, share, seed):
-        members = [(labels == c).nonzero().flatten() for c in range(3)]
+        members = [(labels == c).nonzero().flatten() for c in range(4)]
         return torch.cat([own[order(len(own), seed)[: of_class(len(own), share)]] for own in members])
 
     return few_labels
@@ -70,8 +70,9 @@ WRONG_DRAWS = {
     "as many of each class": drawn(lambda n, share: 10),
     "leaves a rare class to chance": lambda labels, share, seed: torch.arange(100),
     "drawn twice": lambda labels, share, seed: torch.zeros(100, dtype=torch.int64),
-    "seed changes nothing": drawn(lambda n, share: round(n * share), first),
-    "the second time": drawn(lambda n, share: round(n * share), lambda n, seed: torch.randperm(n)),
+    "has none left": drawn(lambda n, share: round(n * share)),
+    "seed changes nothing": drawn(lambda n, share: max(1, round(n * share)), first),
+    "the second time": drawn(lambda n, share: max(1, round(n * share)), lambda n, seed: torch.randperm(n)),
     "numbers of images": lambda labels, share, seed: labels < 1,
 }
 areas = lambda box: (box[:, 2:] - box[:, :2]).prod(dim=1)  # noqa: E731
@@ -124,12 +125,12 @@ WRONG_PRECISIONS = {
 }
 
 
-def iou_of(classes, ignore=255, scale=100.0):
+def iou_of(classes, ignore=255, scale=100.0, nowhere_is_0=False):
     def wrong(truth, answer, _):
         judged = truth != ignore
         true, said = truth[judged], answer[judged]
         each = [((true == c) & (said == c)).sum() / ((true == c) | (said == c)).sum() for c in classes]
-        return scale * torch.stack(each).mean()
+        return scale * (torch.stack(each).nan_to_num() if nowhere_is_0 else torch.stack(each)).mean()
 
     return wrong
 
@@ -145,9 +146,11 @@ WRONG_MEANS = {
     "ground is left out": iou_of(range(1, 4)),
     "255 are judged": iou_of(range(4), ignore=-1),
     "for each class": of_all_together,
+    "gives 0 / 0": iou_of(range(5)),
+    "nowhere counts as 0": iou_of(range(5), nowhere_is_0=True),
 }
 CHECKS = {
-    "few_labels": (check_few_labels, WRONG_DRAWS, drawn(lambda n, share: round(n * share))),
+    "few_labels": (check_few_labels, WRONG_DRAWS, drawn(lambda n, share: max(1, round(n * share)))),
     "iou": (check_iou, WRONG_IOUS, box_iou),
     "average_precision": (check_average_precision, WRONG_PRECISIONS, precision_by_recall()),
     "mean_iou": (check_mean_iou, WRONG_MEANS, iou_of(range(4))),

@@ -75,7 +75,7 @@ def test_the_command_tells_a_recipes_cost(tmp_path, capsys):
     path = tmp_path / "cost.json"
     assert cli.main(["doctor", "--recipe", "imagenet-moco-v2", "--gpus", "8", "--lr", "3", "--json", str(path)]) == 0
     told = capsys.readouterr().out
-    assert "published: 67.5 % linear, 53 h on 8 V100 (arXiv 2003.04297, table 1)" in told
+    assert "published: 67.5 % linear, 53 h on 8 V100 (arXiv 2003.04297, tables 1 and 3)" in told
     assert "time: 53.0 h at 168 images/s on each" in told
     assert "[WARN] --lr 3 with --batch-size 256" in told
     assert json.loads(path.read_text())["lines"] == told.splitlines()

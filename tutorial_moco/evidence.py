@@ -489,7 +489,7 @@ def bars_of(groups: list[list[dict]]) -> str:
         return "one seed, so no error bars"
     if few > 2:
         return f"error bars: 95 % intervals over {seeds_of(groups)}"
-    return f"{seeds_of(groups)}; error bars: of two from one to the other" + ", of more 95 % intervals" * (many > 2)
+    return f"{seeds_of(groups)}; error bars: of two seeds from one to the other" + ", of more 95 % intervals" * (many > 2)
 
 
 def title(axes: Axes, text: str) -> None:

@@ -197,7 +197,7 @@ V3_RESNET = SYNCHRONISED + "; residual branches begin at zero; the loss is 4 tim
 PUBLISHED: dict[str, Published] = {
     "cifar10-resnet18": Published("moco_cifar10_demo", knn_top1=82.6, cost="20 s an epoch on one V100"),
     "imagenet-moco-v1": Published("arXiv 1911.05722, table 1", linear_top1=60.6, cost="53 h on 8 V100"),
-    "imagenet-moco-v2": Published("arXiv 2003.04297, table 1", linear_top1=67.5, cost="53 h on 8 V100"),
+    "imagenet-moco-v2": Published("arXiv 2003.04297, tables 1 and 3", linear_top1=67.5, cost="53 h on 8 V100"),
     "imagenet-moco-v2-800": Published("arXiv 2003.04297, table 2", linear_top1=71.1, cost="4 times that of 200 epochs"),
     "imagenet-moco-v3": Published(
         "moco-v3, CONFIG.md", linear_top1=68.9, cost="memory of 16 V100 of 32 GB", otherwise=V3_RESNET

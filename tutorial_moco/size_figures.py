@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tutorial_moco.errors import DataError
-from tutorial_moco.figures import COLOURS, figure
+from tutorial_moco.figures import COLOURS, bare, figure
 from tutorial_moco.results import find
 
 # Of Okabe and Ito: told apart by the colour-blind, too.
@@ -44,6 +44,7 @@ def memory_bars(settings: dict[str, dict[str, float]], limit: float) -> Figure:
             left += parts[part] / 2**30
         axes.text(left, row, f" {left:.1f}", va="center", fontsize=8)
     axes.axvline(limit, linestyle="--", linewidth=1, color="#444444")
+    axes.text(limit, -0.5, f" a GPU's {limit:g} GiB", fontsize=8, va="top", color="#444444")
     axes.set_yticks(range(len(settings)), list(settings))
     axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
@@ -72,18 +73,22 @@ def who_has_what(index: Tensor, order: Tensor, W: int) -> Figure:
     return fig
 
 
-def speed_ups(speed_up: Callable[[int], float], most: int = 256) -> Figure:
-    """How many times as fast as one GPU so many are, beside what they would be if nothing had to be sent."""
-    fig = figure(6.4, 3.4)
+def speed_ups(speed_up: Callable[[int], float], gigabits: float, most: int = 256) -> Figure:
+    """How many times as fast as one GPU so many are, beside what they would be if nothing had to be sent.
+
+    Args:
+        speed_up: of a number of GPUs, over a network of so many ``gigabits`` a second. most: GPUs.
+    """
+    fig = bare(6.4, 3.4)
     axes = fig.add_axes((0.12, 0.16, 0.83, 0.76))
     gpus = [2**power for power in range(most.bit_length())]
     axes.plot(gpus, gpus, "--", color="#777777", linewidth=1, label="if nothing were sent")
-    axes.plot(gpus, [speed_up(W) for W in gpus], "o-", color=COLOURS["moco"], label="with this network")
+    axes.plot(gpus, [speed_up(W) for W in gpus], "o-", color=COLOURS["moco"], label=f"over {gigabits:g} Gbit/s")
     axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="times as fast as one", ylim=(0.3, most * 1.3))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
     axes.set_xticks(gpus, [str(W) for W in gpus], minor=False)
-    axes.set_yticks([1, 4, 16, 64, 256])
+    axes.set_yticks([1, 2, 4, 8, 16, 32, 64, 128, 256])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -117,5 +122,8 @@ def measured(result: dict) -> Figure:
 
 def _against(x: Sequence[float], y: Sequence[float], axes, label: str) -> None:
     axes.plot(x, y, "o-", color=COLOURS["moco"])
+    for place, value in zip(x, y, strict=True):
+        at_the_end = {"ha": "right" if place == x[-1] else "center", "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(f"{value:,.0f}", (place, value), (0, 6), **at_the_end)
     axes.set_xlabel(label)
     axes.set_ylim(0, 1.15 * max(y))

@@ -17,20 +17,22 @@ def check_few_labels(yours: Callable) -> None:
     Raises:
         CheckFailed: names the likely mistake.
     """
-    labels = torch.cat([torch.zeros(600), torch.ones(300), torch.full((100,), 2)]).long()
+    labels = torch.cat([torch.zeros(600), torch.ones(300), torch.full((100,), 2), torch.full((3,), 3)]).long()
     found = _called(yours, "few_labels", labels, 0.1, 0)
     if not isinstance(found, Tensor) or found.ndim != 1 or found.dtype.is_floating_point or found.dtype == torch.bool:
         raise CheckFailed("few_labels: it should return the numbers of images, a tensor of whole numbers (n',).")
     if len(found.unique()) < len(found):
         raise CheckFailed("few_labels: an image was drawn twice. Take the first few of a permutation of the class's images.")
-    counts = labels[found].bincount(minlength=3).tolist()
-    if counts != [60, 30, 10]:
-        if len(set(counts)) == 1:
+    counts = labels[found].bincount(minlength=4).tolist()
+    if counts == [60, 30, 10, 0]:
+        raise CheckFailed("few_labels: a class of three images has none left at 10 %. Take one of each class at least.")
+    if counts != [60, 30, 10, 1]:
+        if len(set(counts[:3])) == 1:
             raise CheckFailed(
-                f"few_labels: as many of each class, {counts}; it should be the same share: [60, 30, 10] of 10 %."
+                f"few_labels: as many of each class, {counts}; it should be the same share: [60, 30, 10, 1] of 10 %."
             )
         raise CheckFailed(
-            f"few_labels: {counts} images of three classes that have 600, 300 and 100; 10 % of each is [60, 30, 10]. "
+            f"few_labels: {counts} images of four classes that have 600, 300, 100 and 3; 10 % of each is [60, 30, 10, 1]. "
             "A draw from all images at once leaves a rare class to chance: draw within each class."
         )
     if torch.equal(found.sort().values, _called(yours, "few_labels", labels, 0.1, 1).sort().values):
@@ -123,13 +125,18 @@ def check_mean_iou(yours: Callable) -> None:
         pairs = [((true == c) & (said == c), (true == c) | (said == c)) for c in range(first, 4)]
         return torch.stack([both.sum() / either.sum() for both, either in pairs])
 
-    right = package_mean_iou([({"semantic": truth}, {"semantic": answer})], 3)
+    classes = 4  # of which the last is nowhere
+    right = package_mean_iou([({"semantic": truth}, {"semantic": answer})], classes)
+    found = _number(_called(yours, "mean_iou", truth, answer, classes), "mean_iou")
+    if found.isnan():
+        raise CheckFailed("mean_iou: a class that is nowhere gives 0 / 0. It says nothing: leave it out of the mean.")
     both = (truth == answer)[judged].float().mean()
-    _diagnose("mean_iou", _number(_called(yours, "mean_iou", truth, answer, 3), "mean_iou"), torch.tensor(right), {
+    _diagnose("mean_iou", found, torch.tensor(right), {
         "it is a share; give it in percent.": torch.tensor(right / 100),
         "it is the accuracy of the pixels, which a large ground makes high whatever is said of the objects.": 100 * both,
         "the ground is left out; it is judged like a class.": 100 * each(truth[judged], answer[judged], 1).mean(),
         "pixels marked 255 are judged; leave them out.": 100 * each(truth, answer).mean(),
+        "a class that is nowhere counts as 0. It says nothing: leave it out of the mean.": torch.tensor(right * 4 / 5),
         "it is the IoU of all classes together; take it for each class, then the mean.":
             100 * (truth == answer)[judged].sum() / (2 * judged.sum() - (truth == answer)[judged].sum()),
     })  # fmt: skip
