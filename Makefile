@@ -15,13 +15,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 OFFLINE := PYTHONPATH=$(CURDIR)/tests/offline TUTORIAL_MOCO_DATA=shapes
 DATA ?= cifar10
-.PHONY: demo test faults lab bench gpu study figures notebooks book slides classroom lint clean
+HALF = $(shell $(BIN)/python -c 'import os; print(max(1, (os.cpu_count() or 1) // 2))')
+.PHONY: demo test test-code test-chapters faults lab bench gpu study figures notebooks book slides classroom lint clean
 
 demo: $(VENV)/ready-demo
 	$(BIN)/tutorial-moco compare --data shapes --minutes 0.8
 
+# The small encoders use one processor better than two: so the chapters run beside the other tests, half of the processors for each.
 test: $(VENV)/ready-test lint
+	OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory --keep-going --jobs=2 test-code test-chapters
+
+test-code: $(VENV)/ready-test
 	$(BIN)/python -m pytest
+
+test-chapters: $(VENV)/ready-test
 	$(OFFLINE) $(BIN)/python tests/solved.py build/solved
 
 faults: $(VENV)/ready-test

@@ -1,17 +1,13 @@
 """Run every chapter with its solutions in place, twice, and compare every text: ``python tests/solved.py FOLDER``.
 
 "Restart and Run All, twice": the first run is kept in the folder, the second is nbval's. A cell marked NBVAL_CHECK_OUTPUT
-must print what it prints in the repository, whatever the images and the machine. Two chapters run at a time, for the small
-encoders use one processor better than two.
+must print what it prints in the repository, whatever the images and the machine.
 """
 
-import os
 import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -87,11 +83,7 @@ def main() -> int:
     """Returns the exit status: 0, or 1 if a chapter failed; the others run all the same."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    processors = os.cpu_count() or 1
-    at_a_time = min(2, processors)
-    os.environ["OMP_NUM_THREADS"] = str(processors // at_a_time)
-    with ThreadPoolExecutor(at_a_time) as workers:
-        well = list(workers.map(partial(twice, folder=folder), NAMES))
+    well = [twice(name, folder) for name in NAMES]
     return 0 if all(well) else 1
 
 
