@@ -429,7 +429,8 @@ def run_grade(flags: Grade) -> dict:
         secret = flags.secret.read_bytes().hex() if flags.secret else secrets.token_hex()
     except OSError as error:
         raise UsageError(f"--secret {flags.secret} cannot be read: {error.strerror}") from error
-    return grade(flags.assignment, flags.submissions, flags.out, flags.course, secret)
+    hide = [flags.secret] if flags.secret else []
+    return grade(flags.assignment, flags.submissions, flags.out, flags.course, secret, hide=hide)
 
 
 def load(flags: DataFlags, view_size: int | None = None):
