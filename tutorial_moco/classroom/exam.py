@@ -26,9 +26,7 @@ from torch import Tensor
 
 from tutorial_moco.checks import PATIENCE, TimeLimit, time_limit
 
-SECRET = os.environ.pop(
-    "TUTORIAL_MOCO_SECRET", ""
-)  # not for the code that is graded; who digs for it finds their own (docs/TEACHING.md)
+SECRET = os.environ.pop("TUTORIAL_MOCO_SECRET", "")  # not for graded code; who digs finds their own (docs/TEACHING.md)
 SECONDS = 10.0  # of a test; an endless loop costs this test and no other
 LONGEST = 300  # characters of a reason
 NUMBER = re.compile(r"[-+]?\d[\d.e+-]*")
