@@ -105,7 +105,7 @@ CHECKS = {
         "more GPUs take longer": lambda n, e, r, g: right_hours(n, e, r, 1) * g,
         "that is one epoch": lambda n, e, r, g: right_hours(n, 1, r, g),
         "none of the usual": lambda n, e, r, g: 53.0,
-        "return a number": lambda *given: None,
+        "not one number": lambda *given: None,
     }, right_hours),
     "fixed_bytes": (check_fixed_bytes, {
         "one copy of the weights is missing": lambda w, K, C: 4 * (3 * w + K * C),

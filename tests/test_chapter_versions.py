@@ -76,7 +76,7 @@ WRONG_RATES = {
     "comes back up": scheduled(by_cosine=lambda done: 0.5 * (1 + math.cos(2 * math.pi * done))),
     "quarter of a wave": scheduled(by_cosine=lambda done: math.cos(math.pi / 2 * done)),
     "none of the usual": scheduled(by_cosine=lambda done: 1 - done),
-    "for steps it returns NoneType": lambda done, schedule: None,
+    "for steps: it returns NoneType": lambda done, schedule: None,
 }
 
 

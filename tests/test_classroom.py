@@ -1,6 +1,7 @@
 """The classroom: student versions from one source, a grader that finds every wrong answer, and messy notebooks rescued."""
 
 import json
+import math
 import re
 import shutil
 import socket
@@ -10,14 +11,17 @@ import zipfile
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install 'tutorial_moco[classroom]'")
 
 from scoring import answers, score
 
-from tutorial_moco.checks import TimeLimit, time_limit
-from tutorial_moco.classroom import check, exam, kernel
+from tutorial_moco import cli, feature_checks, size_checks, version_checks
+from tutorial_moco.checks import CheckFailed, TimeLimit, time_limit
+from tutorial_moco.classroom import check, exam, kernel, momentum_checks, queue_checks, statistics_checks, step_checks
 from tutorial_moco.classroom.exam import Exam
 from tutorial_moco.classroom.grade import submissions_of
 from tutorial_moco.classroom.release import (
@@ -162,12 +166,15 @@ def test_a_test_that_fails_costs_its_own_points_and_says_why(capsys):
         assert 1.0 - ...
     with exam.test(3, "loud"):
         print("x" * 10**6)
-    assert (exam.points, exam.possible) == (4, 12)
+    with exam.test(1, "tells"):
+        raise ValueError(f"they are {[0.123, -4e-5]} and 7x12")
+    assert (exam.points, exam.possible) == (4, 13)
     told = capsys.readouterr().out
     assert "[1 of 1] right\n[0 of 2] wrong: the answer is not right. Half of it.\n[0 of 2] endless: still running" in told
     assert "SystemExit" in told
     assert "still dots" in told
     assert "xx" not in told
+    assert "tells: it stopped with ValueError: they are […, …] and …x…" in told
 
 
 def catches_everything():
@@ -187,6 +194,15 @@ def stopped():
 def test_code_that_catches_everything_is_stopped_all_the_same():
     with pytest.raises(TimeLimit):
         stopped()
+
+
+def test_the_file_of_the_secret_is_hidden_from_graded_code(monkeypatch, tmp_path):
+    monkeypatch.setattr("tutorial_moco.classroom.grade.grade", lambda *given, hide: {"hidden": [str(path) for path in hide]})
+    secret = tmp_path / "secret.txt"
+    secret.write_text("of this course")
+    words = ["grade", "A2", str(tmp_path), "--secret", str(secret), "--json", str(tmp_path / "told.json")]
+    assert cli.main(words) == 0
+    assert json.loads((tmp_path / "told.json").read_text()) == {"hidden": [str(secret)]}
 
 
 def test_the_secret_decides_the_inputs(monkeypatch):
@@ -278,6 +294,29 @@ def test_what_belongs_to_the_assignment_cannot_be_replaced():
     assert any("check_enqueue" in remark for remark in remarks)
 
 
+def test_the_images_that_the_assignment_loads_cannot_be_replaced_either():
+    """They are made by a call, and the hidden test of a training scores what it learned on them."""
+    book, _ = answered("A4")
+    book.cells.append(nbformat.v4.new_code_cell("test_set = train_set\nheight = 3"))
+    text, remarks = rescued(book, "A4")
+    assert "test_set = train_set" not in text
+    assert "height = 3" in text
+    assert any("your own test_set is left out" in remark for remark in remarks)
+
+
+def test_what_a_call_makes_outside_of_all_functions_is_told_where_it_is_used():
+    book, cells = answered()
+    cells[0].source = "helper, unused = torch.arange(9), print(1)\n" + cells[0].source.replace("return", "helper\n    return")
+    _, remarks = rescued(book)
+    assert len(remarks) == 1
+    assert remarks[0].startswith("helper, made by a call outside of all functions, is left out: such are not run. Write it out")
+    book, cells = answered("A5")
+    (cell,) = [cell for cell in cells if "diagnosis" in cell.source]
+    cell.source = 'diagnosis = dict(zip(range(1, 9), "ABCDEFGH"))\ndiagnosis[1] = "B"'
+    _, remarks = rescued(book, "A5")
+    assert any(remark.startswith("diagnosis, made by a call") for remark in remarks)
+
+
 def test_a_syntax_error_costs_its_own_cell():
     book, cells = answered()
     cells[1].source = "def oldest(K, batch):\n    return K //"
@@ -356,6 +395,12 @@ def test_a_helper_stands_where_its_names_are_known():
         (["liana_77_5001_A2.ipynb", "liana_77_5002_scan.png", "mo_LATE_78_5003_A2.ipynb"], ["liana_77", "mo_78"]),
         (["MARIA1_A1.ipynb", "MARIA12_A1.ipynb"], ["MARIA12_A1", "MARIA1_A1"]),
         (["Ana Li/a.ipynb", "Ana-Li/a.ipynb"], ["Ana-Li", "Ana-Li_"]),
+        (["anna/A2.ipynb", "anna/notes.txt"], ["anna"]),
+        (["anna/A2/A2_the_queue.ipynb", "anna/A2/plot.png"], ["anna"]),
+        (["top/anna/A2.ipynb", "top/anna/notes.txt"], ["anna"]),
+        (["Anna Li_12_assignsubmission_file_/A2.ipynb", "Anna Li_12_assignsubmission_file_/b.png"], ["Anna-Li_12"]),
+        (["all/liana_77_5001_A2.ipynb", "all/liana_77_5002_scan.png"], ["liana_77"]),
+        (["class/ada_A2.ipynb", "class/readme.txt"], ["ada", "readme"]),
         (["José/a.ipynb", "Jose\u0301/b.ipynb", "x/a.ipynb"], ["José", "x"]),
     ],
 )
@@ -364,6 +409,51 @@ def test_students_are_told_apart_in_a_zip(names, students, tmp_path):
         for name in names:
             archive.writestr(name, "{}")
     assert list(submissions_of(tmp_path / "all.zip", "A2")) == students
+
+
+# Visible checks ------------------------------------------------------------------------------------------------------
+
+
+def trained(losses, calls=True):
+    """A train that calls what it should as often as it is asked, and returns these losses."""
+
+    def train(images, steps, seed=0):
+        encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 8))
+        return encoder, losses
+
+    return train
+
+
+CHECKED = [  # a check, what a reader may have written, and what it says: never a traceback
+    (step_checks.check_train, trained([0.0] * 12), "by these names; yours called them 0 and 0 times"),
+    (step_checks.check_train, trained([]), "each a float; yours has 0: none"),
+    (step_checks.check_train, trained(None), "a list of 12 losses, not NoneType"),
+    (
+        step_checks.check_step,
+        lambda *given: 0.5,
+        r"^moco_step: return \(loss, pointer\), not float\. Read: chapter 04, Rung [^:]*: [^:]*$",
+    ),
+    (queue_checks.check_ages, lambda K, batch, steps: None, "ages: it returns NoneType"),
+    (momentum_checks.check_ema, lambda signal, m: [], "ema: it returns list"),
+    (statistics_checks.check_difference, lambda a, b: (3.0, 2.4841) if 7 not in a else 1 / 0, "one side has is to be left out"),
+    (feature_checks.check_push, lambda s, t: (s / t).softmax(dim=1), r"the shape is \(5, 12\), not \(5, 11\)"),
+    (size_checks.check_hours, lambda *given: torch.ones(3), r"hours: it returns a tensor of shape \(3,\), not one number"),
+    (version_checks.check_rate, lambda done, schedule: torch.ones(3), "for steps: it returns a tensor of shape"),
+]
+
+
+@pytest.mark.parametrize(
+    ("checked", "yours", "said"), CHECKED, ids=[f"{one.__name__}-{n}" for n, (one, *_) in enumerate(CHECKED)]
+)
+def test_an_ordinary_mistake_is_a_line_of_the_check(checked, yours, said):
+    with pytest.raises(CheckFailed, match=said):
+        checked(yours)
+
+
+def test_numpys_numbers_are_numbers(capsys):
+    at_the_ends = {0.0: 0.0, 1.0: math.inf}
+    momentum_checks.check_half_life(lambda m: np.float32(at_the_ends[m] if m in at_the_ends else math.log(0.5) / math.log(m)))
+    assert "[OK]" in capsys.readouterr().out
 
 
 # The student's own check ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,17 @@ def break_torchvision(monkeypatch):
         raise RuntimeError("operator torchvision::nms does not exist\nand more")
 
     monkeypatch.setattr(torchvision.ops, "nms", nms)
+
+
+def test_without_torch_each_thing_still_has_its_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+    for name in [name for name in sys.modules if name.startswith("tutorial_moco.") and name != "tutorial_moco.doctor"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert [well for well, _ in doctor.report("shapes")].count(False) >= 3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("[FAIL] torch and torchvision do not work together")
+    assert "it could not be looked at" in lines[4]
 
 
 def break_widgets(monkeypatch):

@@ -145,6 +145,15 @@ def test_a_part_says_what_is_not_measured_yet_and_how_many_seeds_there_are(rows)
     assert "1 to 3 seeds" in text
 
 
+def test_rows_that_do_not_go_together_are_said_to_be_so_in_a_chapter(rows, monkeypatch):
+    mixed = [row for row in rows if row["experiment"] == "loss"]
+    mixed.append(mixed[0] | {"data_hash": "other"})
+    monkeypatch.setattr(evidence, "rows_of", lambda *names: mixed)
+    assert "data_hash" in text_of(evidence.measured(evidence.losses, "loss"))
+    monkeypatch.setattr(evidence, "rows_of", lambda *names: [])
+    assert "not measured yet" in text_of(evidence.measured(evidence.losses, "loss"))
+
+
 def broken(row):
     return row | dict.fromkeys(MEASURED) | {"failed": "the loss is nan at step 7"}
 
@@ -153,6 +162,7 @@ def broken(row):
 def test_runs_that_broke_down_are_marked(experiment, name, rows):
     some = [broken(row) if row["experiment"] == experiment and row["seed"] == 0 else row for row in rows]
     assert "1 of 3 failed" in text_of(PICTURES[name](some))
+    assert "of two seeds from one to the other" in text_of(PICTURES[name](some))  # a run that failed is in no bar
     first = next(row for row in rows if row["experiment"] == experiment)
     same = [row for row in rows if all(row[key] == first[key] for key in ("experiment", "mechanism", *VARIED[experiment]))]
     some = [broken(row) if row in same else row for row in rows]

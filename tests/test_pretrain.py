@@ -746,7 +746,9 @@ def test_a_memory_bank_begins_with_a_key_of_each_image(n):
 
 
 @pytest.mark.parametrize(
-    ("n", "changes"), [(51, {"batch_size": 2, "head": "mlp3"}), (17, {"norm": "split:8"})], ids=["an odd rest", "split"]
+    ("n", "changes"),
+    [(51, {"batch_size": 2, "head": "mlp3"}), (17, {"norm": "split:8"}), (12, {})],
+    ids=["an odd rest", "split", "less than a batch"],
 )
 def test_a_memory_bank_is_filled_in_parts_of_a_batch_or_more(n, changes):
     """Of a single image BatchNorm has no statistics."""

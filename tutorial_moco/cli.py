@@ -298,7 +298,7 @@ def run_evaluate(flags: Evaluate) -> dict:
 
 def run_transfer(flags: Transfer) -> dict:
     """Starts, data, and the task."""
-    must_be_above_0(flags, "seeds", "epochs", "batch_size", "lr", "image_size")
+    must_be_above_0(flags, "seeds", "epochs", "batch_size", "lr")
     if not flags.labels or not all(0 < share <= 1 for share in flags.labels):
         raise UsageError(f"--labels must be shares in (0, 1], not {' '.join(map(str, flags.labels))}")
     if flags.image_size is not None and flags.image_size < 8:
@@ -429,7 +429,8 @@ def run_grade(flags: Grade) -> dict:
         secret = flags.secret.read_bytes().hex() if flags.secret else secrets.token_hex()
     except OSError as error:
         raise UsageError(f"--secret {flags.secret} cannot be read: {error.strerror}") from error
-    return grade(flags.assignment, flags.submissions, flags.out, flags.course, secret)
+    hide = [flags.secret] if flags.secret else []
+    return grade(flags.assignment, flags.submissions, flags.out, flags.course, secret, hide=hide)
 
 
 def load(flags: DataFlags, view_size: int | None = None):

@@ -4,6 +4,8 @@ import importlib
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,21 +16,30 @@ MEMINFO = Path("/proc/meminfo")  # Linux has it
 MEMORY = 4 * 2**30  # bytes that training the small encoder on CIFAR-10 takes at most, with room to spare
 
 
-def diagnose(data: str | None = None) -> list[tuple[bool, str]]:
+def diagnose(data: str | None = None) -> Iterator[tuple[bool, str]]:
     """Whether each thing is well, and a line that says what was found and, where it is not, the mend.
 
     Args:
         data: the images to look for; if left out those of the chapters, ``$TUTORIAL_MOCO_DATA`` or else CIFAR-10.
     """
     data = data or os.environ.get("TUTORIAL_MOCO_DATA", "cifar10")
-    return [check() for check in (_torch, _widgets, _memory, _disk)] + [_images(data), _rows()]
+    for what, check in {
+        "torch": _torch, "the sliders": _widgets, "memory": _memory, "the disk": _disk, "the images": partial(_images, data),
+        "the measured runs": _rows,
+    }.items():  # fmt: skip
+        try:
+            yield check()
+        except Exception as error:  # without torch, say, hardly anything can be asked; each answer is one line all the same
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            yield False, f"{what}: it could not be looked at ({reason}); mend what is named above first"
 
 
 def report(data: str | None = None) -> list[tuple[bool, str]]:
-    """Print the diagnosis, and return it."""
-    found = diagnose(data)
-    for well, line in found:
-        print(f"[{'OK' if well else 'FAIL'}] {line}")
+    """Print the diagnosis as it comes, and return it."""
+    found = []
+    for well, line in diagnose(data):
+        print(f"[{'OK' if well else 'FAIL'}] {line}", flush=True)
+        found.append((well, line))
     return found
 
 
@@ -38,7 +49,7 @@ def _torch() -> tuple[bool, str]:
         import torchvision
 
         torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # fails where the two do not belong together
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, OSError) as error:  # OSError: a shared library is missing
         mend = "install both together: pip install --force-reinstall torch torchvision"
         return False, f"torch and torchvision do not work together ({str(error).splitlines()[0]}); {mend}"
     from tutorial_moco.provenance import hardware

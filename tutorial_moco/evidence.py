@@ -73,10 +73,11 @@ def measured(draw: Callable[[list[dict]], Figure], *experiments: str, only: Iter
     rows = [row for row in rows_of(*experiments) if not only or row["mechanism"] in only]
     try:
         fig = draw(rows)
-    except (DataError, IndexError, ValueError):  # too few rows for this picture
+    except (DataError, IndexError, ValueError) as error:  # too few rows for this picture, or rows that do not go together
         fig = figure(6.4, 0.8)
         words = "not measured yet: python -m benchmarks.study --only " + ",".join(experiments)
-        fig.text(0.5, 0.5, words, ha="center", va="center", fontsize=9)
+        refused = rows and isinstance(error, DataError)
+        fig.text(0.5, 0.5, fill(str(error), 90) if refused else words, ha="center", va="center", fontsize=9)
         return fig
     print(provenance_line(rows))
     return fig
@@ -483,7 +484,8 @@ def note(fig: Figure, groups: Iterable[list[dict]], *more: str) -> None:
 
 
 def bars_of(groups: list[list[dict]]) -> str:
-    """What the error bars of groups of runs are, in words: see `results.mean_and_bar`."""
+    """What the error bars of groups of runs are, in words: see `results.mean_and_bar`. Runs that failed have none."""
+    groups = [sound for rows in groups if (sound := [row for row in rows if not row.get("failed")])] or [[]]
     few, many = (end(len(rows) for rows in groups) for end in (min, max))
     if many < 2:
         return "one seed, so no error bars"

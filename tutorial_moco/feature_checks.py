@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -134,7 +135,7 @@ def _number(found, name: str) -> Tensor:
         return found.detach().reshape(()).float()
     if found is ...:
         raise CheckFailed(f"{name}: there are still dots (...) in it. Fill the gaps, then run this cell again.")
-    if not isinstance(found, (int, float)):
+    if not isinstance(found, int | float | np.number):
         kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise CheckFailed(f"{name}: it returns {kind}, not one number. Is the mean taken, and is the `return` there?")
     return torch.tensor(float(found))

@@ -544,7 +544,7 @@ def fill_bank(run: Run, images: Tensor) -> None:
     """One pass of the untrained encoder gives each image a key to begin with; its time counts as training."""
     began = time.perf_counter()
     order = filled_up(permutation(run.n, run.recipe.seed, 0)).view(-1, world())
-    for index in order.tensor_split(run.n // run.recipe.batch_size):  # parts alike, none below a batch: for BatchNorm
+    for index in order.tensor_split(max(1, run.n // run.recipe.batch_size)):  # alike, none below a batch: for BatchNorm
         own = mine(index.flatten())
         with autocast(run.device, run.dtype):
             run.mechanism.fill(plain_view(images[own].to(run.device)), own.to(run.device))

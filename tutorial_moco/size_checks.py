@@ -5,18 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tutorial_moco.checks import CheckFailed, _called, _diagnose, _tensor
+from tutorial_moco.checks import _called, _diagnose, _tensor
+from tutorial_moco.feature_checks import _number
 
 IMAGES, EPOCHS, RATE, GPUS = 1_000_000, 200, 150.0, 8
 WEIGHTS, K, C = 25_000_000, 65_536, 128
-
-
-def _number(yours: Callable, name: str, *given: float) -> Tensor:
-    """The reader's answer, a number."""
-    found = _called(yours, name, *given)
-    if not isinstance(found, int | float | Tensor):
-        raise CheckFailed(f"{name}: return a number, not {type(found).__name__}.")
-    return torch.tensor(float(found))
 
 
 def check_hours(yours: Callable) -> None:
@@ -26,7 +19,7 @@ def check_hours(yours: Callable) -> None:
         CheckFailed: names the likely mistake.
     """
     seconds = torch.tensor(IMAGES * EPOCHS / RATE / GPUS)
-    _diagnose("hours", _number(yours, "hours", IMAGES, EPOCHS, RATE, GPUS), seconds / 3600, {
+    _diagnose("hours", _number(_called(yours, "hours", IMAGES, EPOCHS, RATE, GPUS), "hours"), seconds / 3600, {
         "these are seconds; an hour has 3600.": seconds,
         "these are minutes; an hour has 3600 seconds.": seconds / 60,
         "these are days.": seconds / 86400,
@@ -44,7 +37,8 @@ def check_fixed_bytes(yours: Callable) -> None:
         CheckFailed: names the likely mistake.
     """
     all_of_it, queue = 4 * (4 * WEIGHTS + K * C), 4 * K * C
-    _diagnose("fixed_bytes", _number(yours, "fixed_bytes", WEIGHTS, K, C), torch.tensor(float(all_of_it)), {
+    found = _number(_called(yours, "fixed_bytes", WEIGHTS, K, C), "fixed_bytes")
+    _diagnose("fixed_bytes", found, torch.tensor(float(all_of_it)), {
         "one copy of the weights is missing. There are four numbers a weight: itself, its gradient, its momentum in the "
         "optimizer, and its slow copy in the key encoder.": torch.tensor(float(all_of_it - 4 * WEIGHTS)),
         "two copies of the weights are missing: gradient, momentum or the key encoder's.":

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tutorial_moco.checks import CheckFailed, _called, _diagnose, _tensor, _unit
+from tutorial_moco.checks import _called, _diagnose, _tensor, _unit
+from tutorial_moco.feature_checks import _number
 
 DONE = (0.0, 0.25, 0.5, 0.59, 0.61, 0.75, 0.79, 0.81, 0.9, 1.0)  # shares of a training, on both sides of each drop
 
@@ -40,10 +41,8 @@ def check_rate(yours: Callable) -> None:
                 torch.cos(math.pi / 2 * done),
         }),
     ):  # fmt: skip
-        answers = [_called(yours, "rate", share, schedule) for share in DONE]
-        if not all(isinstance(answer, int | float | Tensor) for answer in answers):
-            raise CheckFailed(f"rate: for {schedule} it returns {type(answers[0]).__name__}, not a number.")
-        _diagnose("rate", torch.tensor([float(answer) for answer in answers]), expected.float(), mistakes)
+        answers = [_number(_called(yours, "rate", share, schedule), f"rate: for {schedule}") for share in DONE]
+        _diagnose("rate", torch.stack(answers), expected.float(), mistakes)
     print("[OK] rate follows both schedules, as tutorial_moco.pretrain.set_learning_rate does")
 
 

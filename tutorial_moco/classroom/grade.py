@@ -21,6 +21,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -54,7 +55,9 @@ class Result:
         return sum(self.points.values())
 
 
-def grade(assignment: str, submissions: Path, out: Path, course: Path, secret: str) -> dict[str, object]:
+def grade(
+    assignment: str, submissions: Path, out: Path, course: Path, secret: str, *, hide: Sequence[Path] = ()
+) -> dict[str, object]:
     """Grade all submissions.
 
     Args:
@@ -62,6 +65,8 @@ def grade(assignment: str, submissions: Path, out: Path, course: Path, secret: s
         out: folder for the results; points and pages of an older grading of the assignment are replaced, its gradebook is not.
         course: folder that holds ``source/`` (notebooks/assignments of this repository).
         secret: decides the inputs of the hidden tests; any text that students don't know.
+        hide: more that graded code may not see, where it is sandboxed: the file of the secret, say. The submissions, what comes
+            out, the course, and the repository's tests and history are hidden anyhow.
 
     Raises:
         UsageError: nbgrader is not installed, there is no such assignment, or nothing to grade.
@@ -75,7 +80,9 @@ def grade(assignment: str, submissions: Path, out: Path, course: Path, secret: s
     found = submissions_of(submissions, assignment)
     folder = out / assignment
     root = prepare(out / "nbgrader", course.resolve())
-    hidden = os.pathsep.join(str(path.resolve()) for path in (submissions, out, course))
+    repository = course.resolve().parent.parent
+    unseen = (submissions, out, course, repository / "tests", repository / ".git", *hide)
+    hidden = os.pathsep.join(str(path.resolve()) for path in unseen)
     print(f"{len(found)} submissions; " + ("sandboxed" if kernel.isolated() else NOT_ISOLATED))
     nbgrader(root, "generate_assignment", assignment, "--force")
     release, *levels = (student_version(source, level) for level in LEVELS)
@@ -119,6 +126,7 @@ def submissions_of(path: Path, assignment: str) -> dict[str, list[tuple[str, byt
         all(len(name.parts) > 1 for name, _ in files)
         and len({name.parts[0] for name, _ in files}) == 1
         and (any(len(name.parts) > 2 for name, _ in files) or len(files) > 1)
+        and not is_ones_own([name for name, _ in files], assignment)
     ):  # a folder around all
         files = [(PurePosixPath(*name.parts[1:]), content) for name, content in files]
     found: dict[str, list[tuple[str, bytes]]] = {}
@@ -130,6 +138,17 @@ def submissions_of(path: Path, assignment: str) -> dict[str, list[tuple[str, byt
             student += "_"  # another name that looks the same
         found.setdefault(student, []).append((str(name), content))
     return dict(sorted(found.items()))
+
+
+def is_ones_own(names: list[PurePosixPath], assignment: str) -> bool:
+    """Whether the folder around these files is a student's, and not one around a class: Moodle's, or with one notebook in it
+    that is named by the assignment alone, there or in a folder of that name, as nbgrader has it.
+    """
+    books = [name for name in names if name.suffix == ".ipynb"]
+    if MOODLE in names[0].parts[0] or len(books) != 1:
+        return MOODLE in names[0].parts[0]
+    inside = books[0].parts[1:]
+    return inside[-1].startswith(assignment) and inside[:-1] in ((), (assignment,))
 
 
 def skipped(part: str) -> bool:

@@ -19,7 +19,7 @@ def check_ema(yours: Callable) -> None:
     """
     signal, m = torch.tensor([1.0, 3.0, -2.0, 0.5, 4.0]), 0.8
     found = _called(yours, "ema", signal.clone(), m)
-    found = torch.stack([torch.as_tensor(value) for value in found]) if isinstance(found, list | tuple) else found
+    found = torch.stack([torch.as_tensor(value) for value in found]) if isinstance(found, list | tuple) and found else found
     _tensor(found, "ema", (5,))
     _diagnose("ema", found, followed(signal, m), {
         "it is the wrong way round: with m near 1 the average keeps most of what it was.": followed(signal, 1 - m),

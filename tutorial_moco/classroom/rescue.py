@@ -62,7 +62,7 @@ def rescue(submitted: NotebookNode, release: NotebookNode, *levels: NotebookNode
 
 def collect(submitted: NotebookNode, release: NotebookNode, *levels: NotebookNode) -> Work:
     """All definitions of the notebook that may be used. Of several of a name the last that is not untouched."""
-    work, locked, stubs, twice = Work(), protected(release), stubs_of(release), []
+    work, locked, stubs, twice, left = Work(), protected(release), stubs_of(release), [], []
     untouched = {(name, part.tree) for book in (release, *levels) for name, part in stubs_of(book).items()}
     for number, cell in enumerate(submitted.cells, 1):
         if cell.cell_type != "code" or is_test(cell):
@@ -77,6 +77,8 @@ def collect(submitted: NotebookNode, release: NotebookNode, *levels: NotebookNod
         for node in top_level(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 keep_import(node, locked, work)
+            elif not is_definition(node):
+                left += assigned(node)
         for name, part in parts_of(cell.source):
             if name not in stubs and (name in locked or hasattr(builtins, name)):
                 if locked.get(name) != part.tree:
@@ -91,6 +93,11 @@ def collect(submitted: NotebookNode, release: NotebookNode, *levels: NotebookNod
                 work.parts[name] = part
     if twice:
         work.remarks.append(f"there more than once, and the last one counts: {', '.join(dict.fromkeys(twice))}.")
+    used = {part.id for one in work.parts.values() for part in ast.walk(ast.parse(one.text)) if isinstance(part, ast.Name)}
+    for name in dict.fromkeys(left):
+        if name in (used | set(stubs)) - set(work.parts) - set(locked):
+            mend = "Write it out, or make it where it is used"
+            work.remarks.append(f"{name}, made by a call outside of all functions, is left out: such are not run. {mend}.")
     if missing := [name for name in stubs if name not in work.parts]:
         work.remarks.append(f"not there, or not begun: {', '.join(missing)}.")
     work.remarks = list(dict.fromkeys(work.remarks))
@@ -166,12 +173,26 @@ def parts_of(source: str) -> list[tuple[str, Part]]:
         part = Part(ast.dump(node), textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno])))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.append((node.name, part))
-        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and is_constant(node.value):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
-            if all(isinstance(target, ast.Name | ast.Tuple) for target in targets):
-                found += [(name.id, part) for name in names]
+        elif is_definition(node):
+            found += [(name, part) for name in assigned(node)]
     return found
+
+
+def targets_of(node: ast.stmt) -> list[ast.expr]:
+    """What an assignment assigns to; nothing for other statements."""
+    one = isinstance(node, ast.AnnAssign | ast.AugAssign) and node.value is not None
+    return node.targets if isinstance(node, ast.Assign) else [node.target] if one else []
+
+
+def assigned(node: ast.stmt) -> list[str]:
+    """Names to which, or into which, a statement assigns."""
+    return [part.id for target in targets_of(node) for part in ast.walk(target) if isinstance(part, ast.Name)]
+
+
+def is_definition(node: ast.stmt) -> bool:
+    """Whether a statement gives constants their names."""
+    named = targets_of(node) and all(isinstance(target, ast.Name | ast.Tuple) for target in targets_of(node))
+    return bool(named) and not isinstance(node, ast.AugAssign) and is_constant(node.value)
 
 
 def is_constant(value: ast.expr) -> bool:
@@ -208,10 +229,11 @@ def protected(release: NotebookNode) -> dict[str, str]:
     names = {}
     for cell in release.cells:
         if cell.cell_type == "code" and grade_id(cell) and not is_answer(cell, "code"):
-            names |= {name: part.tree for name, part in parts_of(cell.source)}
-            for part in ast.parse(plain(cell.source)).body:
+            for part in top_level(ast.parse(plain(cell.source))):
+                names |= dict.fromkeys(assigned(part), ast.dump(part))  # by a call, too: the images, say
                 if isinstance(part, ast.Import | ast.ImportFrom):
                     names |= {bound: ast.dump(one) for bound, one in bindings(part)}
+            names |= {name: part.tree for name, part in parts_of(cell.source)}
     return names
 
 

@@ -63,11 +63,9 @@ def check_difference(yours: Callable) -> None:
             torch.tensor([pairs.mean().item(), stats.t.ppf(0.975, 4) * alone]),
     })  # fmt: skip
     try:
-        answer = yours({0: 1.0, 1: 2.0, 7: 3.0}, {0: 0.5, 1: 1.0})
-    except Exception as error:
-        raise CheckFailed(
-            f"difference: a seed that only one side has stops it ({type(error).__name__}); leave it out."
-        ) from error
+        answer = _called(yours, "difference", {0: 1.0, 1: 2.0, 7: 3.0}, {0: 0.5, 1: 1.0})
+    except CheckFailed as failed:
+        raise CheckFailed(f"difference: a seed that only one side has is to be left out. {failed}") from failed
     if abs(_pair(answer, "difference")[0] - 0.75) > 1e-4:
         raise CheckFailed("difference: a seed that only one side has should be left out.")
     print("[OK] difference: paired by seed, with its interval")

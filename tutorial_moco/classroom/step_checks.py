@@ -191,8 +191,16 @@ def check_train(yours: Callable) -> None:
     if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], nn.Module):
         fail(f"return (encoder, losses), not {type(answer).__name__}.")
     encoder, curve = answer
+    if not isinstance(curve, list):
+        fail(f"12 steps should give a list of 12 losses, not {type(curve).__name__}.")
     if len(curve) != 12 or not all(isinstance(loss, float) for loss in curve):
-        fail(f"12 steps should give a list of 12 losses, each a float, not {len(curve)} of {type(curve[0]).__name__}.")
+        kinds = " and ".join(sorted({type(loss).__name__ for loss in curve})) or "none"
+        fail(f"12 steps should give a list of 12 losses, each a float; yours has {len(curve)}: {kinds}.")
+    if (len(draws), len(steps)) != (12, 12):
+        fail(
+            "12 steps should call two_views and moco_step 12 times, by these names; "
+            f"yours called them {len(draws)} and {len(steps)} times."
+        )
     if draws:
         if any(len(index) != 64 for index, _, _ in draws):
             fail(f"a step has 64 images, and one of yours has {next(len(i) for i, _, _ in draws if len(i) != 64)}.")
