@@ -16,20 +16,21 @@ BIN := $(VENV)/bin
 OFFLINE := PYTHONPATH=$(CURDIR)/tests/offline TUTORIAL_MOCO_DATA=shapes
 DATA ?= cifar10
 HALF = $(shell $(BIN)/python -c 'import os; print(max(1, (os.cpu_count() or 1) // 2))')
-.PHONY: demo test test-code test-chapters faults lab bench gpu study figures notebooks book slides classroom lint clean
+CHAPTERS := $(patsubst notebooks/%.ipynb,chapter-%,$(wildcard notebooks/*.ipynb))
+.PHONY: demo test test-code $(CHAPTERS) faults lab bench gpu study figures notebooks book slides classroom lint clean
 
 demo: $(VENV)/ready-demo
 	$(BIN)/tutorial-moco compare --data shapes --minutes 0.8
 
-# The small encoders use one processor better than two: so the chapters run beside the other tests, half of the processors for each.
+# Most of the tests gain little from a second processor: so two jobs at a time, half of the processors for each.
 test: $(VENV)/ready-test lint
-	OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory --keep-going --jobs=2 test-code test-chapters
+	OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory --keep-going --jobs=2 test-code $(CHAPTERS)
 
 test-code: $(VENV)/ready-test
 	$(BIN)/python -m pytest
 
-test-chapters: $(VENV)/ready-test
-	$(OFFLINE) $(BIN)/python tests/solved.py build/solved
+$(CHAPTERS): chapter-%: $(VENV)/ready-test
+	$(OFFLINE) $(BIN)/python tests/solved.py build/solved $*.ipynb
 
 faults: $(VENV)/ready-test
 	TUTORIAL_MOCO_FAULTS=1 $(BIN)/python -m pytest tests/faults tests/test_distributed.py tests/test_images.py tests/test_encoded.py

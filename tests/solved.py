@@ -1,4 +1,4 @@
-"""Run every chapter with its solutions in place, twice, and compare every text: ``python tests/solved.py FOLDER``.
+"""Run a chapter with its solutions in place, twice, and compare every text: ``python tests/solved.py FOLDER 04_moco.ipynb``.
 
 "Restart and Run All, twice": the first run is kept in the folder, the second is nbval's. A cell marked NBVAL_CHECK_OUTPUT
 must print what it prints in the repository, whatever the images and the machine.
@@ -80,10 +80,10 @@ def twice(name: str, folder: Path) -> bool:
 
 
 def main() -> int:
-    """Returns the exit status: 0, or 1 if a chapter failed; the others run all the same."""
-    folder = Path(sys.argv[1])
+    """Returns the exit status: 0, or 1 if a chapter failed; the others run all the same. All of them if none is named."""
+    folder, names = Path(sys.argv[1]), sys.argv[2:] or NAMES
     folder.mkdir(parents=True, exist_ok=True)
-    well = [twice(name, folder) for name in NAMES]
+    well = [twice(name, folder) for name in names]
     return 0 if all(well) else 1
 
 
