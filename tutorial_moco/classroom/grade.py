@@ -144,9 +144,11 @@ def is_ones_own(names: list[PurePosixPath], assignment: str) -> bool:
     """Whether the folder around these files is a student's, and not one around a class: Moodle's, or with one notebook in it
     that is named by the assignment alone, there or in a folder of that name, as nbgrader has it.
     """
+    if MOODLE in names[0].parts[0]:
+        return True
     books = [name for name in names if name.suffix == ".ipynb"]
-    if MOODLE in names[0].parts[0] or len(books) != 1:
-        return MOODLE in names[0].parts[0]
+    if len(books) != 1:
+        return False
     inside = books[0].parts[1:]
     return inside[-1].startswith(assignment) and inside[:-1] in ((), (assignment,))
 

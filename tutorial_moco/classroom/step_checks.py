@@ -160,7 +160,7 @@ class StepBench:
 def check_train(yours: Callable) -> None:
     """Check ``yours(images, steps, seed) -> (encoder, losses)`` on 512 images and 12 steps, a step being 64 images.
 
-    What it gives to ``two_views`` and ``moco_step`` is looked at, where it calls them by these names.
+    It has to call ``two_views`` and ``moco_step`` by these names: what it gives to them is looked at.
 
     Raises:
         CheckFailed: names the first thing that is not as the task says.
@@ -201,36 +201,34 @@ def check_train(yours: Callable) -> None:
             "12 steps should call two_views and moco_step 12 times, by these names; "
             f"yours called them {len(draws)} and {len(steps)} times."
         )
-    if draws:
-        if any(len(index) != 64 for index, _, _ in draws):
-            fail(f"a step has 64 images, and one of yours has {next(len(i) for i, _, _ in draws if len(i) != 64)}.")
-        if len({number for index, _, _ in draws[:8] for number in index}) != 512:
-            fail("in the first 8 steps each of the 512 images should come once; some came twice, others not at all.")
-        if [index for index, _, _ in draws[:4]] == [index for index, _, _ in draws[8:]] or draws[0][0] == list(range(64)):
-            fail("the order is the same in each epoch. Draw a new one: torch.randperm.")
-        if draws[0][1] == draws[8][1]:
-            fail("two_views gets the same epoch in the second round, so each image is cropped as before: pass epoch=epoch.")
-        if draws[0][2] != "shapes":
-            fail(f"the views should be those of 'shapes', not {draws[0][2]!r}.")
-    if steps:
-        if start["shared"]:
-            fail("f_k *is* f_q. A copy is wanted: deepcopy.")
-        if not start["copy"]:
-            fail("f_k does not start as a copy of f_q.")
-        if not start["held"]:
-            fail("the optimizer should hold the parameters of f_q, all of them and no others.")
-        if start["K"] != 256 or not _close(start["lengths"], torch.ones(start["K"])):
-            fail("the first queue should be 256 random vectors of length 1.")
-        if [pointer for pointer, *_ in steps[:5]] != [0, 64, 128, 192, 0]:
-            fail(f"the pointer does not go on: {[int(pointer) for pointer, *_ in steps[:5]]}. Pass on what moco_step returned.")
-        rates = torch.tensor([rate for _, rate, *_ in steps])
-        expected = torch.tensor([0.12 * 0.5 * (1 + math.cos(math.pi * number / 12)) for number in range(12)])
-        if not _close(rates, expected):
-            fail(f"the learning rate should fall from 0.12 along a cosine; yours goes from {rates[0]:.3f} to {rates[-1]:.3f}.")
-        if {(m, temperature) for *_, m, temperature in steps} != {(0.99, 0.1)}:
-            fail("m should be 0.99 and the temperature 0.1.")
-        if _close(start["weights"], weights_of(encoder)):
-            fail("the encoder that is returned has not moved. Is it f_q?")
+    if any(len(index) != 64 for index, _, _ in draws):
+        fail(f"a step has 64 images, and one of yours has {next(len(i) for i, _, _ in draws if len(i) != 64)}.")
+    if len({number for index, _, _ in draws[:8] for number in index}) != 512:
+        fail("in the first 8 steps each of the 512 images should come once; some came twice, others not at all.")
+    if [index for index, _, _ in draws[:4]] == [index for index, _, _ in draws[8:]] or draws[0][0] == list(range(64)):
+        fail("the order is the same in each epoch. Draw a new one: torch.randperm.")
+    if draws[0][1] == draws[8][1]:
+        fail("two_views gets the same epoch in the second round, so each image is cropped as before: pass epoch=epoch.")
+    if draws[0][2] != "shapes":
+        fail(f"the views should be those of 'shapes', not {draws[0][2]!r}.")
+    if start["shared"]:
+        fail("f_k *is* f_q. A copy is wanted: deepcopy.")
+    if not start["copy"]:
+        fail("f_k does not start as a copy of f_q.")
+    if not start["held"]:
+        fail("the optimizer should hold the parameters of f_q, all of them and no others.")
+    if start["K"] != 256 or not _close(start["lengths"], torch.ones(start["K"])):
+        fail("the first queue should be 256 random vectors of length 1.")
+    if [pointer for pointer, *_ in steps[:5]] != [0, 64, 128, 192, 0]:
+        fail(f"the pointer does not go on: {[int(pointer) for pointer, *_ in steps[:5]]}. Pass on what moco_step returned.")
+    rates = torch.tensor([rate for _, rate, *_ in steps])
+    expected = torch.tensor([0.12 * 0.5 * (1 + math.cos(math.pi * number / 12)) for number in range(12)])
+    if not _close(rates, expected):
+        fail(f"the learning rate should fall from 0.12 along a cosine; yours goes from {rates[0]:.3f} to {rates[-1]:.3f}.")
+    if {(m, temperature) for *_, m, temperature in steps} != {(0.99, 0.1)}:
+        fail("m should be 0.99 and the temperature 0.1.")
+    if _close(start["weights"], weights_of(encoder)):
+        fail("the encoder that is returned has not moved. Is it f_q?")
     print("[OK] train: the right images, views, queue, copy, optimizer and learning rate")
 
 
